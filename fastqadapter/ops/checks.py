@@ -1,0 +1,86 @@
+"""Argument checks shared by the ops. They look at shapes, dtypes, devices and Python numbers alone: no check reads a
+tensor on an accelerator, because that would wait for the device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 if any of `dtypes` is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def check_alphas(alpha_0: float, alpha_tilde: float) -> None:
+    """Raise a ValueError unless alpha_0 is in [0, inf) and alpha_tilde in (0, inf)."""
+    if not math.isfinite(alpha_0) or alpha_0 < 0:
+        raise ValueError(f"alpha_0={alpha_0!r} is outside its legal range [0, inf)")
+    if not math.isfinite(alpha_tilde) or alpha_tilde <= 0:
+        raise ValueError(f"alpha_tilde={alpha_tilde!r} is outside its legal range (0, inf)")
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise a ValueError unless `weight` is a frozen floating (V, D) matrix."""
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (V, D) with V >= 1")
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"weight has dtype {weight.dtype}; expected one of {', '.join(map(str, FLOATS))}")
+    if weight.requires_grad:
+        raise ValueError(
+            "weight.requires_grad=True, but the LM head is frozen in this method (no gradient for it is ever formed): "
+            "call weight.requires_grad_(False), and do not train or adapt the LM head"
+        )
+
+
+def check_hidden(name: str, hidden: Tensor, weight: Tensor) -> None:
+    """Raise a ValueError unless `hidden` is (N, D), on the device of `weight`, in its dtype or in float32."""
+    if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"{name} has shape {tuple(hidden.shape)}; expected (N, D) with D = {weight.shape[1]} of weight")
+    if hidden.dtype != weight.dtype and (hidden.dtype != torch.float32 or weight.dtype == torch.float64):
+        allowed = str(weight.dtype) if weight.dtype == torch.float64 else f"{weight.dtype} (as weight) or torch.float32"
+        raise ValueError(f"{name} has dtype {hidden.dtype}; expected {allowed}")
+    check_device(name, hidden, weight)
+
+
+def check_device(name: str, tensor: Tensor, weight: Tensor, reference: str = "weight") -> None:
+    """Raise a ValueError unless `tensor` lies on the device of `weight`."""
+    if tensor.device != weight.device:
+        raise ValueError(f"{name} is on {tensor.device}, {reference} on {weight.device}; expected one device for both")
+
+
+def check_frozen(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError if `tensor`, which belongs to the frozen base model, asks for a gradient."""
+    if tensor.requires_grad:
+        raise ValueError(f"{name}.requires_grad=True, but the base model is frozen: pass {name}.detach()")
+
+
+def check_vector(name: str, tensor: Tensor, length: int, weight: Tensor, letter: str) -> None:
+    """Raise a ValueError unless `tensor` is a floating vector of `length` entries on the device of `weight`."""
+    if tuple(tensor.shape) != (length,):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({letter},) = ({length},)")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, FLOATS))}")
+    check_device(name, tensor, weight)
+    check_frozen(name, tensor)
+
+
+def check_actions(actions: Tensor, rows: int, weight: Tensor) -> None:
+    """Raise a ValueError unless `actions` holds one token of the vocabulary for each row.
+
+    The range is read on CPU tensors alone; on an accelerator an action outside gives NaN (see `taken_value`).
+    """
+    if actions.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"actions has dtype {actions.dtype}; expected torch.int64 or torch.int32")
+    if tuple(actions.shape) != (rows,):
+        raise ValueError(f"actions has shape {tuple(actions.shape)}; expected (N,) = ({rows},)")
+    check_device("actions", actions, weight)
+    if actions.device.type == "cpu" and actions.numel():
+        low, high = (int(bound) for bound in torch.aminmax(actions))
+        if low < 0 or high >= weight.shape[0]:
+            bad = low if low < 0 else high
+            raise ValueError(f"action {bad} is outside the vocabulary [0, {weight.shape[0]})")
