@@ -166,7 +166,9 @@ def read_sidecar(path: str | Path) -> tuple[QAdapterConfig, dict[str, Any]]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         found = content.pop("format", None)
         if found != FORMAT:
-            raise ValueError(f"format {found!r} is not {FORMAT}: written by another version of fastqadapter, upgrade it")
+            raise ValueError(
+                f"format {found!r} is not {FORMAT}: written by another version of fastqadapter, upgrade it"
+            )
         content.pop("fastqadapter_version", None)
         base = content.pop("base", {})
         return QAdapterConfig.from_dict(content), base

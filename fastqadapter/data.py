@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, overload
 
 from fastqadapter.packing import PackedPairs, pack_pairs
@@ -97,15 +97,16 @@ class PreferenceCollator:
         return dict(self._encoder.guard.dropped)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PackedPairs:
+        guard = self._encoder.guard
+        first_loss = not guard.dropped
         encoded = [self._encoder(row, f"batch row {index}") for index, row in enumerate(rows)]
         kept = [row for row in encoded if row is not None]
-        if len(kept) < len(rows):
-            guard = self._encoder.guard
-            _warn_once("rows left out of a batch: %s; the collator goes on counting in .dropped", guard.summary())
+        if first_loss and guard.dropped:
+            logger.warning("rows left out of a batch: %s; from here on .dropped counts in silence", guard.summary())
         if not kept:
             raise ValueError(
-                f"no row of a batch of {len(rows)} is left ({self._encoder.guard.summary() or 'it was empty'}); "
-                "raise max_length or filter the rows with tokenize_rows before training"
+                f"no row of a batch of {len(rows)} is left ({guard.summary() or 'it was empty'}); raise max_length or "
+                "filter the rows with tokenize_rows before training"
             )
         pairs = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in kept]
         return pack_pairs(pairs, pad_action=self.pad_action, sources=[row["source"] for row in kept])
@@ -139,7 +140,7 @@ def tokenize_rows(
     from tqdm import tqdm
 
     encoder = _RowEncoder(tokenizer, max_length, on_bad_row)
-    total = len(rows) if hasattr(rows, "__len__") else None
+    total = len(rows) if isinstance(rows, Sized) else None
     # tqdm's disable=None shows the bar on a terminal only
     quiet = None if progress and (total is None or total >= _PROGRESS_FROM) else True
     bar = tqdm(rows, desc="Tokenizing", unit=" rows", total=total, disable=quiet)
@@ -174,9 +175,7 @@ def tokenize_row(
 class _RowEncoder:
     """Row -> token ids cut to `max_length`, or None for a row left out, which `guard` counts."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None, on_bad_row: OnBadRow
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None, on_bad_row: OnBadRow) -> None:
         if max_length is not None and (type(max_length) is not int or max_length < 2):
             raise ValueError(f"max_length must be None or an integer >= 2 (prompt and response), not {max_length!r}")
         self.tokenizer = tokenizer
@@ -226,12 +225,14 @@ def _encode_pair(
 
 def _encode_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Ids of prompt, prompt + chosen, prompt + rejected, with the tokenizer's own special tokens and a final EOS."""
+    eos = tokenizer.eos_token_id
+    adds_eos = tokenizer("a")["input_ids"][-1:] == [eos]
 
     def encode(text: str) -> list[int]:
-        return list(tokenizer(text, verbose=False)["input_ids"])  # verbose would warn of lengths we cut ourselves
+        ids = tokenizer(text, verbose=False)["input_ids"]  # verbose would warn of lengths we cut ourselves
+        return list(ids[:-1] if adds_eos else ids)
 
     branches = [encode(row["prompt"] + row[key]) for key in ("chosen", "rejected")]
-    eos = tokenizer.eos_token_id
     if eos is None:
         _warn_once("the tokenizer has no EOS token: the model will not learn where a response ends; set eos_token")
     else:
@@ -259,9 +260,16 @@ def _encode_chat(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> lis
         return list(encoded["input_ids"])
 
     prompt = row["prompt"]
-    prefilled = prompt[-1]["role"] == "assistant"
-    opening = {"continue_final_message": True} if prefilled else {"add_generation_prompt": True}
-    return [encode(prompt, **opening), encode(prompt + row["chosen"]), encode(prompt + row["rejected"])]
+    opening = {"continue_final_message": True} if prompt[-1]["role"] == "assistant" else {"add_generation_prompt": True}
+    return [encode(prompt, **opening), *(encode(_join_messages(prompt, row[key])) for key in ("chosen", "rejected"))]
+
+
+def _join_messages(prompt: list[dict[str, Any]], response: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation; a prompt that ends in the assistant's words is a prefill, which the response goes on from."""
+    last, first = prompt[-1], response[0]
+    if not last["role"] == first["role"] == "assistant":
+        return prompt + response
+    return [*prompt[:-1], {**last, **first, "content": last["content"] + first["content"]}, *response[1:]]
 
 
 def _truncate(ids: dict[str, list[int]], max_length: int | None) -> dict[str, list[int]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastqadapter import ops
 from fastqadapter.config import QAdapterConfig
+from fastqadapter.ops.checks import accumulation_dtype
 from fastqadapter.ops.preference_loss import Pairs, branch_sums
 from fastqadapter.packing import GroupLayout, PackedPairs
 
@@ -65,7 +66,8 @@ def pair_transitions(batch: PackedPairs, config: QAdapterConfig) -> Transitions:
             branch_ends.append(len(states))
             actions += length + (0 if batch.pad_action is None else 1)
     device = batch.input_ids.device
-    counts = torch.tensor(branch_ends).diff().view(-1, 2).sum(dim=1).float()
+    # A shifted mask may leave a pair of one-token responses without any step; its mean of r^2 is 0.
+    counts = torch.tensor(branch_ends).diff().view(-1, 2).sum(dim=1).float().clamp(min=1.0)
     squares_divisor = counts if config.regularizer == "pair" else torch.full_like(counts, counts.mean().item())
 
     def index(values: list[int]) -> Tensor:
@@ -141,8 +143,12 @@ def q_adapter_loss(
     transitions = pair_transitions(batch, config)
     actions = batch.actions.index_select(0, transitions.action_index)
     difference = config.q_head == "difference"
-    if head.softcap is None and difference:
-        hidden_q = hidden_q.float() - hidden_b.float() if hidden_q.dtype != torch.float64 else hidden_q - hidden_b
+    if difference and head.softcap is None:
+        dtype = accumulation_dtype(head.weight.dtype)
+        hidden_q = hidden_q.to(dtype) - hidden_b.to(dtype)
+    else:
+        hidden_q = hidden_q.to(head.weight.dtype)
+    hidden_b = hidden_b.to(head.weight.dtype)  # autocast may have left it in another dtype
 
     values, base_lse = ops.soft_value(
         hidden_q,

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 OnBadRow = Literal["raise", "skip"]
 TOKENIZED_KEYS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
+_TEXT_KEYS = ("prompt", "chosen", "rejected")
 _FORMER_NAMES = {key.replace("_ids", "_input_ids"): key for key in TOKENIZED_KEYS}
 _NEEDED = "a row needs prompt, chosen and rejected, or chosen and rejected that begin with the same prompt"
 _OWN_SOURCE = re.compile(r".+:\d+|.+\[\d+\]|row \d+|batch row \d+")
@@ -130,12 +131,14 @@ def check_row(row: Any, vocab_size: int | None = None) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise BadRow("not an object", f"a row must be an object (dict), not {_show(row)}; {_NEEDED}")
-    given = {_FORMER_NAMES.get(key, key): value for key, value in row.items() if value is not None}
+    given: dict[str, Any] = {
+        _FORMER_NAMES.get(str(key), str(key)): value for key, value in row.items() if value is not None
+    }
     if any(key in given for key in TOKENIZED_KEYS):
         return _check_tokenized(given, _MAX_ID if vocab_size is None else vocab_size)
     _need_keys(given, ("chosen", "rejected"))
-    checked = {key: _check_text(key, given[key]) for key in ("prompt", "chosen", "rejected") if key in given}
-    checked = _split_branches(checked)
+    texts = {key: _check_text(key, value) for key, value in given.items() if key in _TEXT_KEYS}
+    checked = _split_branches(texts)
     for key in ("chosen", "rejected"):
         if not _has_text(checked[key]):
             raise BadRow("empty response", f"'{key}' is empty; both responses need at least one word")
@@ -163,8 +166,8 @@ def _items(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             items = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            line = getattr(error, "lineno", 1)
-            raise ValueError(f"{path}:{line}: not valid JSON: {error}; one object a line belongs in a .jsonl") from None
+            place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
+            raise ValueError(f"{place}: not valid JSON: {error}; one object a line belongs in a .jsonl") from None
         if not isinstance(items, list):
             raise ValueError(f"{path}: must hold a list of rows, not {_show(items)}")
         for index, item in enumerate(items):

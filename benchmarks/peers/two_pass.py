@@ -58,7 +58,8 @@ class PaddedPairs(NamedTuple):
 
 def pad_pairs(token_triples: Sequence[TokenTriple], pad_id: int) -> PaddedPairs:
     """Lay out `(prompt, chosen, rejected)` token ids as padded rows; T is the longest prompt + response."""
-    rows = [(prompt, triple[branch]) for branch in (1, 2) for triple in token_triples for prompt in (triple[0],)]
+    rows = [(prompt, chosen) for prompt, chosen, _ in token_triples]
+    rows += [(prompt, rejected) for prompt, _, rejected in token_triples]
     width = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -78,12 +79,12 @@ def base_logits(model: PeftModel, batch: PaddedPairs, *, no_grad: bool = False) 
     the inputs require grad (gradient checkpointing does), and nothing otherwise. `no_grad=True` is the fair version.
     """
     with torch.no_grad() if no_grad else contextlib.nullcontext(), model.disable_adapter():
-        return _at_least_fp32(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits)
+        return _logits(model, batch)
 
 
 def adapted_logits(model: PeftModel, batch: PaddedPairs) -> Tensor:
     """(2B, T, V) logits of the model with its adapter on, at least fp32."""
-    return _at_least_fp32(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits)
+    return _logits(model, batch)
 
 
 def scored_states(batch: PaddedPairs, variant: Variant) -> Tensor:
@@ -165,12 +166,11 @@ def two_pass_loss(
     q = adapted_logits(model, batch)
     if offset is not None:
         q = q - offset
-    rewards = token_rewards(
-        q, log_pi, batch, alpha_0=alpha_0, alpha_tilde=alpha_tilde, gamma=gamma, variant=variant
-    )
+    rewards = token_rewards(q, log_pi, batch, alpha_0=alpha_0, alpha_tilde=alpha_tilde, gamma=gamma, variant=variant)
     preference = -F.logsigmoid(preference_margins(rewards, batch, variant)).mean()
     return preference + beta * reward_penalty(rewards, batch, variant)
 
 
-def _at_least_fp32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _logits(model: PeftModel, batch: PaddedPairs) -> Tensor:
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))

@@ -40,7 +40,9 @@ def check_weight(weight: Tensor) -> None:
 def check_hidden(name: str, hidden: Tensor, weight: Tensor) -> None:
     """Raise a ValueError unless `hidden` is (N, D), on the device of `weight`, in its dtype or in float32."""
     if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"{name} has shape {tuple(hidden.shape)}; expected (N, D) with D = {weight.shape[1]} of weight")
+        raise ValueError(
+            f"{name} has shape {tuple(hidden.shape)}; expected (N, D) with D = {weight.shape[1]} of weight"
+        )
     if hidden.dtype != weight.dtype and (hidden.dtype != torch.float32 or weight.dtype == torch.float64):
         allowed = str(weight.dtype) if weight.dtype == torch.float64 else f"{weight.dtype} (as weight) or torch.float32"
         raise ValueError(f"{name} has dtype {hidden.dtype}; expected {allowed}")

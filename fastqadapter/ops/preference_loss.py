@@ -78,7 +78,7 @@ def preference_loss_ref(
     loss = (preference + beta * squares + poison).mean()
 
     with torch.no_grad():
-        counts = pairs.branch_ends.diff().view(-1, 2).sum(dim=1).to(reward.dtype)
+        counts = pairs.branch_ends.diff().view(-1, 2).sum(dim=1).clamp(min=1).to(reward.dtype)
         metrics = {
             "pref_loss": preference,
             "chi2_loss": squares,

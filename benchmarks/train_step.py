@@ -1,0 +1,301 @@
+"""One training step, forward and backward of a micro-batch: the published computation against the three KV modes.
+
+    python benchmarks/train_step.py --data hh_harmless_train.jsonl --model demo
+
+Protocol. Round i gives every method the i-th micro-batch of the file, one method after the other, so that a slow moment
+of the machine hits all of them; a ratio is the median over rounds of published / method on the same pairs. Memory is
+the peak resident set of a step less that of the loaded model, each method in a process of its own. No number is
+printed before the losses agree: `separate` with the published objective must give the published loss and gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # `benchmarks`, when this file is run as a script
+
+import fastqadapter as fqa
+from benchmarks.memory import forget_peak, resident_mib
+from benchmarks.peers import two_pass
+from fastqadapter.data import read_rows, tokenize_rows
+
+OBJECTIVE = {"alpha_0": 1.0, "alpha_tilde": 1.0, "gamma": 1.0, "beta": 0.1}
+RANK = 8
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WARM_UP_ROW = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]}
+
+Row = dict[str, Any]  # a tokenised pair: prompt_ids, chosen_ids, rejected_ids
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to run the step. `kv_mode=None` is the published computation; `targets=None` our default for the mode."""
+
+    label: str
+    kv_mode: str | None
+    preset: str = "default"
+    targets: tuple[str, ...] | None = None
+    base_no_grad: bool = False
+
+
+PUBLISHED = Method("published", None, "reference", ("q_proj", "v_proj"))
+SEPARATE = Method("separate", "separate", "reference", ("q_proj", "v_proj"))
+METHODS = (
+    PUBLISHED,
+    Method("published, base under no_grad", None, "reference", ("q_proj", "v_proj"), base_no_grad=True),
+    SEPARATE,
+    Method("prompt", "prompt"),
+    Method("shared", "shared"),
+    Method("shared, q_proj and o_proj only", "shared", targets=("q_proj", "o_proj")),
+)
+BARS = {"separate": (4.0, 5.0), "shared": (7.0, 10.0)}  # at least so many times faster, smaller
+
+
+def load_model(method: Method, folder: str, dtype: torch.dtype) -> PeftModel:
+    """The base model with the method's fresh adapter on it, ready to train."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    lora = LoraConfig(r=RANK, target_modules=list(method.targets) if method.targets else None, task_type="CAUSAL_LM")
+    if method.kv_mode is None:
+        return get_peft_model(base, lora).train()
+    config = fqa.QAdapterConfig(**OBJECTIVE, kv_mode=method.kv_mode, preset=method.preset)
+    return fqa.get_qadapter_model(base, config, lora).train()
+
+
+def pad_rows(rows: list[Row], pad_id: int) -> two_pass.PaddedPairs:
+    return two_pass.pad_pairs([(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows], pad_id)
+
+
+def prepare_loss(method: Method, model: PeftModel, rows: list[Row], pad_id: int) -> Callable[[], Tensor]:
+    """Collate one micro-batch; the function returned runs its forward pass."""
+    if method.kv_mode is None:
+        padded = pad_rows(rows, pad_id)
+        return lambda: two_pass.two_pass_loss(model, padded, **OBJECTIVE, base_no_grad=method.base_no_grad)
+    pad_action = pad_id if method.preset == "reference" else None
+    packed = fqa.PreferenceCollator(None, None, pad_action=pad_action)(rows)
+    return lambda: model(packed).loss
+
+
+def run_step(model: PeftModel, loss_of: Callable[[], Tensor]) -> float:
+    """Seconds of one forward and backward pass."""
+    start = time.perf_counter()
+    loss_of().backward()
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return seconds
+
+
+# Correctness: a benchmark reports nothing on red.
+
+
+def loss_and_gradient(method: Method, model: PeftModel, rows: list[Row], pad_id: int) -> tuple[float, Tensor]:
+    """Loss, and the gradient of the whole adapter as one fp32 vector."""
+    loss = prepare_loss(method, model, rows, pad_id)()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters)
+    return loss.item(), torch.cat([gradient.float().flatten() for gradient in gradients])
+
+
+def randomize_adapter(model: PeftModel) -> None:
+    """LoRA starts at zero, where the two passes of a method are the same and an error would stay unseen."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def separate_disagrees(folder: str, dtype: torch.dtype, rows: list[Row], pad_id: int) -> str | None:
+    """Why `separate` is not the published computation, or None if it is.
+
+    In fp32 both must agree: loss to 1e-5, gradient to 1e-3 of its norm. In the benchmark's dtype each rounds in its own
+    way: ours may be off the fp32 result by twice the error of the published computation in that dtype, and by one
+    rounding of it, for the case that the published error is small by luck.
+    """
+    published = load_model(PUBLISHED, folder, torch.float32)
+    randomize_adapter(published)
+    weights = get_peft_model_state_dict(published)
+    true_loss, true_gradient = loss_and_gradient(PUBLISHED, published, rows, pad_id)
+    del published
+
+    def errors(method: Method, dtype: torch.dtype) -> tuple[float, float]:
+        model = load_model(method, folder, dtype)
+        set_peft_model_state_dict(model, weights)
+        loss, gradient = loss_and_gradient(method, model, rows, pad_id)
+        return abs(loss - true_loss) / abs(true_loss), float((gradient - true_gradient).norm() / true_gradient.norm())
+
+    checks = [(errors(SEPARATE, torch.float32), (1e-5, 1e-3), "fp32")]
+    if dtype != torch.float32:
+        rounding = torch.finfo(dtype).eps
+        allowed = tuple(2 * error + rounding for error in errors(PUBLISHED, dtype))
+        checks.append((errors(SEPARATE, dtype), allowed, str(dtype)))
+    for found, allowed, name in checks:
+        loss, gradient = (f"{error:.1e} (allowed {limit:.1e})" for error, limit in zip(found, allowed, strict=True))
+        print(f"separate against published, {name}: relative error of the loss {loss}, of the gradient {gradient}")
+        if not all(error <= limit for error, limit in zip(found, allowed, strict=True)):  # NaN is red too
+            return f"separate differs from the published computation in {name}"
+    return None
+
+
+def untrained_disagrees(models: dict[str, PeftModel], rows: list[Row], pad_id: int) -> str | None:
+    """An untrained adapter with a `difference` head has rewards 0 and loss log 2; which has not, or None."""
+    for method in (method for method in METHODS if method.preset == "default"):
+        with torch.no_grad():
+            loss = prepare_loss(method, models[method.label], rows, pad_id)().item()
+        print(f"{method.label}: untrained loss {loss:.6f} (log 2 = {math.log(2):.6f})")
+        if not abs(loss - math.log(2)) <= 1e-3:
+            return f"{method.label}: the untrained loss {loss} is not log 2"
+    return None
+
+
+# Time and memory
+
+
+def measure_times(models: dict[str, PeftModel], batches: Sequence[list[Row]], pad_id: int) -> dict[str, list[float]]:
+    """Seconds of every method on every micro-batch, interleaved; the first micro-batch also warms up, uncounted."""
+    times: dict[str, list[float]] = {label: [] for label in models}
+    with tqdm(total=(1 + len(batches)) * len(METHODS), desc="Timing", unit="step") as bar:
+        for round_index, rows in enumerate([batches[0], *batches]):
+            for method in METHODS:
+                model = models[method.label]
+                seconds = run_step(model, prepare_loss(method, model, rows, pad_id))
+                if round_index > 0:
+                    times[method.label].append(seconds)
+                bar.update()
+    return times
+
+
+def measure_own_memory(method: Method, model: PeftModel, batches: Sequence[list[Row]], pad_id: int) -> list[float]:
+    """Extra peak MiB of one step on each micro-batch, over this process with its model loaded and used once."""
+    run_step(model, prepare_loss(method, model, [WARM_UP_ROW], pad_id))  # lazy imports, thread pools, mapped weights
+    forget_peak()
+    loaded = resident_mib("VmRSS")
+    peaks = []
+    for rows in batches:
+        forget_peak()
+        run_step(model, prepare_loss(method, model, rows, pad_id))
+        peaks.append(resident_mib("VmHWM") - loaded)
+    return peaks
+
+
+def measure_memory() -> dict[str, list[float]]:
+    """Extra peak MiB of every method, each in a fresh process that runs this script with the same arguments."""
+    peaks = {}
+    for method in tqdm(METHODS, desc="Memory", unit="method"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--measure-memory", method.label]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        peaks[method.label] = json.loads(output.splitlines()[-1])
+    return peaks
+
+
+# Report
+
+
+def median_ratio(published: Sequence[float], method: Sequence[float]) -> float:
+    return statistics.median(theirs / ours for theirs, ours in zip(published, method, strict=True))
+
+
+def print_table(times: dict[str, list[float]], peaks: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
+    """Print one line a method; returns `label -> (times faster, times smaller)` than published."""
+    print(f"\n{'method':32}{'median s':>10}{'quartiles':>16}{'faster':>9}{'extra MiB':>11}{'smaller':>9}")
+    ratios = {}
+    for label, seconds in times.items():
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        faster = median_ratio(times[PUBLISHED.label], seconds)
+        smaller = median_ratio(peaks[PUBLISHED.label], peaks[label])
+        ratios[label] = faster, smaller
+        spread = f"{low:.2f}-{high:.2f}"
+        peak = statistics.median(peaks[label])
+        print(f"{label:32}{statistics.median(seconds):10.2f}{spread:>16}{faster:8.1f}x{peak:11.0f}{smaller:8.1f}x")
+    return ratios
+
+
+def print_bars(ratios: dict[str, tuple[float, float]]) -> None:
+    for label, bars in BARS.items():
+        for what, bar, found in zip(("faster", "smaller"), bars, ratios[label], strict=True):
+            print(f"{label}: {found:.1f}x {what}, bar {bar:.0f}x: {'pass' if found >= bar else 'FAIL'}")
+
+
+def print_batches(batches: Sequence[list[Row]], pad_id: int) -> None:
+    for index, rows in enumerate(batches):
+        packed = fqa.PreferenceCollator(None, None)(rows)
+        counts = f"{pad_rows(rows, pad_id).input_ids.numel()} padded tokens, {packed.input_ids.numel()} packed"
+        print(f"micro-batch {index}: {len(rows)} pairs, {counts}, {len(packed.state_rows())} states")
+
+
+def read_batches(args: argparse.Namespace) -> tuple[list[list[Row]], int]:
+    """The first micro-batches of the file, and the pad token."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = tokenize_rows(read_rows(args.data), tokenizer, max_length=args.max_length, progress=False)
+    if args.rounds < 2 or len(rows) < args.pairs * args.rounds:
+        raise SystemExit(
+            f"--rounds {args.rounds} --pairs {args.pairs}: needs 2 rounds, and {args.data} has {len(rows)}"
+        )
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return [rows[args.pairs * i : args.pairs * (i + 1)] for i in range(args.rounds)], pad_id
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="preference pairs, one JSON object a line")
+    parser.add_argument("--model", default="demo", help="folder or hub id; 'demo': the demo's SmolLM2-135M-Instruct")
+    parser.add_argument("--max-length", type=int, default=512, help="longest prompt + response in tokens")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs in a micro-batch")
+    parser.add_argument("--rounds", type=int, default=5, help="micro-batches; every method steps once on each")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--json", type=Path, help="also write all numbers here")
+    parser.add_argument("--measure-memory", choices=[method.label for method in METHODS], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.model == "demo":
+        from fastqadapter.demo.smollm import demo_model_folder
+
+        args.model = str(demo_model_folder())
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    batches, pad_id = read_batches(args)
+    if args.measure_memory:
+        method = next(method for method in METHODS if method.label == args.measure_memory)
+        model = load_model(method, args.model, DTYPES[args.dtype])
+        print(json.dumps(measure_own_memory(method, model, batches, pad_id)))
+        return 0
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    environment = f"{cpu}, {args.threads} threads, {args.dtype}, torch {torch.__version__}"
+    print(environment)
+    print_batches(batches, pad_id)
+    models = {method.label: load_model(method, args.model, DTYPES[args.dtype]) for method in METHODS}
+    reason = separate_disagrees(args.model, DTYPES[args.dtype], batches[0], pad_id)
+    reason = reason or untrained_disagrees(models, batches[0], pad_id)
+    if reason:
+        print(f"RED: {reason}; no times are reported", file=sys.stderr)
+        return 1
+    times, peaks = measure_times(models, batches, pad_id), measure_memory()
+    print_bars(print_table(times, peaks))
+    if args.json:
+        report = {"environment": environment, "seconds": times, "extra_peak_mib": peaks}
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Attention over packed rows: a list of segments, each some query rows that see some key rows, bottom-right causal.
+
+Registered with transformers' attention interface under the name `fqa_packed`; the modelling files stay as they are.
+The K/V of the base pass are recorded here, after rotary embedding and norms, and read here by the Q pass, so neither
+pass needs a cache object and gradient checkpointing works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from fastqadapter.config import KVMode
+from fastqadapter.ops.checks import accumulation_dtype
+from fastqadapter.packing import PackedPairs
+
+NAME = "fqa_packed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Query rows and the key rows they see; the last query sees all keys, the one before it all but the last, ..."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Number of query rows and of key rows."""
+        return self.queries.stop - self.queries.start, sum(part.stop - part.start for part in self.keys)
+
+
+class PackedAttention:
+    """What the attention function needs in one pass: the segments, and which K/V the pass writes or reads.
+
+    The K/V axis of a pass is that of its own rows ("own"), that of the recorded base rows ("base"), or the recorded
+    base rows followed by the own rows ("base+own").
+    """
+
+    def __init__(self, segments: list[Segment], kv_axis: str, recorded: dict[int, tuple[Tensor, Tensor]] | None = None):
+        self.segments = segments
+        self.kv_axis = kv_axis
+        self.recorded = recorded
+        self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+
+    def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, Hkv, T_kv, Dh) keys and values on the K/V axis of this pass."""
+        if self.kv_axis == "own":
+            if self.recorded is not None:
+                self.recorded[layer] = (key, value)
+            return key, value
+        assert self.recorded is not None
+        base_key, base_value = self.recorded[layer]
+        if self.kv_axis == "base":
+            return base_key, base_value
+        return torch.cat([base_key, key], dim=2), torch.cat([base_value, value], dim=2)
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+        """(queries, keys) bool, true where seen; built once a pass, not once a layer."""
+        shape = (queries, keys, window, device)
+        if shape not in self._masks:
+            distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+            seen = distance >= 0
+            self._masks[shape] = seen if window is None else seen & (distance < window)
+        return self._masks[shape]
+
+
+def base_segments(batch: PackedPairs) -> list[Segment]:
+    """Segments of a pass over all token rows on its own K/V: prompt with the first response, then each further
+    response with the prompt. No branch sees another."""
+    segments = []
+    for group in batch.layout:
+        first = slice(group.prompt.start, group.branches[0].stop)
+        segments.append(Segment(first, (first,)))
+        segments.extend(Segment(branch, (group.prompt, branch)) for branch in group.branches[1:])
+    return [segment for segment in segments if segment.sizes[0]]
+
+
+def q_segments(batch: PackedPairs, kv_mode: KVMode) -> list[Segment]:
+    """Segments of the Q pass over the state rows: in `shared` mode on the base K/V, in `prompt` mode on the base K/V
+    of the prompt but its last token, and from that token on on its own ("base+own" axis)."""
+    tokens = batch.input_ids.shape[0]
+
+    def own(rows: slice) -> slice:
+        return slice(tokens + rows.start, tokens + rows.stop)
+
+    segments = []
+    for group in batch.layout:
+        last_prompt = slice(group.first_state, group.first_state + 1)
+        for index, (branch, states) in enumerate(zip(group.branches, group.branch_states, strict=True)):
+            queries = slice(group.first_state, states.stop) if index == 0 else states
+            if kv_mode == "shared":
+                keys = (group.prompt, branch)
+            else:
+                keys = (slice(group.prompt.start, group.prompt.stop - 1), own(last_prompt), own(states))
+            segments.append(Segment(queries, keys))
+    return [segment for segment in segments if segment.sizes[0]]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, Hq, T_q, Dh)
+    key: Tensor,  # (1, Hkv, T_q, Dh)
+    value: Tensor,  # (1, Hkv, T_q, Dv)
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (Hq,) attention sinks
+    packed: PackedAttention | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # (1, T_q, Hq, Dv)
+    """Attention of one layer over packed rows, in the signature of transformers' attention interface.
+
+    Without dropout in either stream: the base is frozen, and the Q-values are compared with it.
+    """
+    if packed is None:
+        raise ValueError(f"attention implementation {NAME!r} is for packed batches; it got none")
+    unsupported = [name for name in ("position_bias", "indices") if kwargs.get(name) is not None]
+    if unsupported:
+        raise ValueError(f"packed training does not support {unsupported} of {type(module).__name__} yet")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keys, values = packed.keys_and_values(layer, key, value)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    plain = softcap is None and s_aux is None
+    outputs = []
+    for segment in packed.segments:
+        q = query[:, :, segment.queries]
+        k, v = (_rows(tensor, segment.keys) for tensor in (keys, values))
+        queries, seen = segment.sizes
+        window = None if sliding_window is None or sliding_window >= seen else sliding_window
+        if plain and queries == seen and window is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        else:
+            mask = packed.mask(queries, seen, window, query.device)
+            if plain:
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+            else:
+                out = _explicit_attention(q, k, v, mask, scaling, softcap, s_aux)
+        outputs.append(out)
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _rows(tensor: Tensor, parts: tuple[slice, ...]) -> Tensor:
+    pieces = [tensor[:, :, part] for part in parts if part.stop > part.start]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with a soft-cap on the scores (Gemma-2) or a sink per head (GPT-OSS), which SDPA does not offer."""
+    heads, kv_heads, rows = query.shape[1], key.shape[1], query.shape[2]
+    grouped = query.unflatten(1, (kv_heads, heads // kv_heads))  # (1, Hkv, g, T_q, Dh)
+    scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.to(accumulation_dtype(scores.dtype)).masked_fill(~mask, -torch.inf)
+    if sinks is None:
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        sink = sinks.to(scores.dtype).view(1, kv_heads, -1, 1, 1).expand(-1, -1, -1, rows, 1)
+        weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+    return (weights.to(value.dtype) @ value.unsqueeze(2)).flatten(1, 2)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The segments say who sees whom; the model need not build a mask."""
+    return None
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@contextlib.contextmanager
+def packed_attention_of(decoder: PreTrainedModel) -> Iterator[None]:
+    """Let `decoder` use packed attention inside the context."""
+    before = decoder.config._attn_implementation
+    decoder.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = before

@@ -1,0 +1,214 @@
+"""What the library needs to know of a base model: its decoder, its layers, its LM head, what LoRA may target, and a
+fingerprint that tells one base from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastqadapter.config import KVMode
+from fastqadapter.loss import LMHead
+
+# Layers whose output is keys or values and nothing else. A fused qkv is not among them: its K/V rows are not read in
+# `shared` mode, so the adapter on them is dead weight but does no harm.
+KV_MODULES = frozenset({"k_proj", "v_proj", "kv_proj", "kv_a_proj_with_mqa", "kv_b_proj", "key", "value", "wk", "wv"})
+# A router decides which expert sees a token; PEFT leaves it alone in "all-linear" too.
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+# Attention that packed segments can express; recurrent or convolutional layers would mix neighbouring sequences.
+PACKABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The module that maps tokens to last hidden states after the final norm."""
+    decoder: PreTrainedModel = model.get_decoder()
+    if decoder is model:
+        raise ValueError(f"{type(model).__name__} has no decoder below its LM head; give a causal LM of transformers")
+    return decoder
+
+
+def decoder_layers(decoder: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers.
+
+    Raises:
+        ValueError: no module list of `num_hidden_layers` entries.
+    """
+    depth = decoder.config.get_text_config(decoder=True).num_hidden_layers
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == depth:
+            return child
+    raise ValueError(f"{type(decoder).__name__} holds no list of {depth} decoder layers")
+
+
+def lm_head_of(model: PreTrainedModel) -> LMHead:
+    """The LM head with the logit scale and the soft-cap of the model's config.
+
+    Raises:
+        ValueError: the head is no plain linear layer.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer) or not isinstance(getattr(head, "weight", None), Tensor):
+        raise ValueError(f"the LM head is a {type(head).__name__}; expected a plain linear layer without adapter")
+    config = model.config.get_text_config(decoder=True)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return LMHead(
+        weight=head.weight.detach(),
+        bias=None if getattr(head, "bias", None) is None else head.bias.detach(),
+        logit_scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+@torch.no_grad()
+def check_lm_head(model: PreTrainedModel, decoder: PreTrainedModel, head: LMHead) -> None:
+    """Compare the head as we understand it with the model's own logits on one token.
+
+    Architectures rescale or cap their logits in ways of their own; one that we do not know must not pass unnoticed.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    if head.weight.is_meta:
+        return
+    token = torch.zeros((1, 1), dtype=torch.int64, device=head.weight.device)
+    expected = model(input_ids=token, use_cache=False).logits[0, -1].float()
+    hidden = decoder(input_ids=token, use_cache=False).last_hidden_state[0, -1:]
+    products = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight)[0].float()
+    ours = head.scale_and_cap(products, None if head.bias is None else head.bias.float())
+    tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2
+    if not torch.allclose(ours, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+        raise ValueError(
+            f"{type(model).__name__} computes its logits in a way that fastqadapter does not know (largest difference "
+            f"{(ours - expected).abs().max().item():.3g}); please report the architecture"
+        )
+
+
+def check_packable(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
+    """Raise a ValueError with the reason if packed training cannot serve this architecture."""
+    if not type(model)._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(model).__name__} does not use transformers' attention interface, which packed training needs"
+        )
+    config = decoder.config.get_text_config(decoder=True)
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - PACKABLE_LAYER_TYPES)
+    if others:
+        raise ValueError(f"{type(model).__name__} has layers of type {others}; packed training knows full and sliding")
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Switch off the dropout of the frozen base (`lora_dropout` stays): a noisy base is not the base."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+
+
+def default_targets(model: PreTrainedModel, kv_mode: KVMode) -> list[str]:
+    """LoRA targets where the user names none: all linear layers of the decoder layers, without K/V in `shared` mode."""
+    forbidden = ROUTERS | (KV_MODULES if kv_mode == "shared" else frozenset())
+    names = {
+        name.rpartition(".")[2]
+        for layer in decoder_layers(decoder_of(model))
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    return sorted(names - forbidden)
+
+
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """The modules that PEFT put an adapter on, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def check_targets(model: PreTrainedModel, kv_mode: KVMode) -> None:
+    """Refuse adapters where the method cannot have them.
+
+    Raises:
+        ValueError: an adapter (or any trainable weight) on the LM head, the embeddings or outside the decoder layers,
+            a trained weight of the base itself, or K/V targets in `shared` mode; names the module.
+    """
+    inside = {id(module) for module in decoder_layers(decoder_of(model)).modules()}
+    adapted: set[int] = set()
+    for name, module in tuner_layers(model):
+        if id(module) not in inside:
+            raise ValueError(
+                f"adapter on {name!r}: the LM head and the embeddings are frozen and shared by both streams; "
+                "target linear layers of the decoder only"
+            )
+        if kv_mode == "shared" and name.rpartition(".")[2] in KV_MODULES:
+            raise ValueError(
+                f"adapter on {name!r}: with kv_mode='shared' the Q stream reads the base model's keys and values, so an "
+                "adapter on k or v has no effect; target q, o and MLP layers, or use kv_mode='separate' or 'prompt'"
+            )
+        for attribute in module.adapter_layer_names:
+            adapted |= {id(parameter) for parameter in getattr(module, attribute).parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in adapted:
+            raise ValueError(
+                f"{name!r} of the base model would be trained; the base is frozen here: leave modules_to_save, "
+                "trainable_token_indices and bias out of the PEFT config"
+            )
+
+
+def first_adapted_layer(layers: nn.ModuleList) -> int:
+    """Index of the lowest decoder layer with an adapter: below it both streams are one, the trunk."""
+    for index, layer in enumerate(layers):
+        if any(isinstance(module, BaseTunerLayer) for module in layer.modules()):
+            return index
+    raise ValueError("no decoder layer has an adapter")
+
+
+@torch.no_grad()
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What identifies a base model: architecture, shape, and hashes of samples of its weights.
+
+    The samples are rounded to bf16 first, so the same weights loaded in fp32, bf16 or fp16 agree. `body` is None for a
+    quantised base, whose linear weights are packed; then the embeddings and norms alone are compared.
+    """
+    config = model.config.get_text_config(decoder=True)
+    head, body = hashlib.sha256(), hashlib.sha256()
+    packed = False
+    embeddings = model.get_input_embeddings().weight
+    head.update(_sample(embeddings[: min(256, embeddings.shape[0])]))
+    for name, parameter in decoder_layers(decoder_of(model)).named_parameters():
+        if any(part.startswith("lora_") for part in name.split(".")):
+            continue
+        if parameter.dim() < 2:
+            head.update(_sample(parameter))
+        elif parameter.is_floating_point():
+            body.update(_sample(parameter[:2]))
+        else:
+            packed = True
+    return {
+        "architecture": type(model).__name__,
+        "name_or_path": str(model.config.name_or_path),
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "head": head.hexdigest()[:16],
+        "body": None if packed else body.hexdigest()[:16],
+    }
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.reshape(-1)
+    sample = flat[:: max(1, flat.numel() // 1024)].to(torch.bfloat16).cpu()
+    return sample.view(torch.int16).numpy().tobytes()
+
+
+def check_same_base(trained_on: dict[str, Any], found: dict[str, Any], adapter: str) -> None:
+    """Raise a ValueError that names the difference if an adapter was trained on another base."""
+    for key in ("architecture", "hidden_size", "num_hidden_layers", "head", "body"):
+        expected, actual = trained_on.get(key), found[key]
+        if expected is not None and actual is not None and expected != actual:
+            what = "weights" if key in ("head", "body") else key
+            raise ValueError(
+                f"adapter {adapter!r} was trained on another base model ({trained_on.get('name_or_path')!r}): its "
+                f"{what} differ ({expected!r}, here {actual!r}); load that base, or pass force=True"
+            )

@@ -1,0 +1,367 @@
+"""`QAdapterModel`: a PEFT model whose adapter is the residual Q-function of a preference."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, PeftType, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from fastqadapter.config import CONFIG_NAME, KVMode, QAdapterConfig, read_sidecar, write_sidecar
+from fastqadapter.loss import q_adapter_loss
+from fastqadapter.models import base
+from fastqadapter.models.policy import Dials, Policy, customised
+from fastqadapter.models.streams import TwoStreams
+from fastqadapter.packing import PackedPairs
+
+# Initialisations that rewrite the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) are not among these.
+BASE_PRESERVING_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclasses.dataclass
+class QAdapterOutput(ModelOutput):
+    """Loss of a packed batch (a scalar, mean over pairs) and its metrics, (B,) each and detached."""
+
+    loss: Tensor | None = None
+    metrics: dict[str, Tensor] | None = None
+
+
+class QAdapterModel(PeftModelForCausalLM):
+    """A frozen causal LM with Q-Adapters on it.
+
+    `model(batch)` gives the preference loss of packed pairs, `model(input_ids=...)` the logits of the customised
+    policy, `model.generate(...)` transformers' own generation from it. Never the plain adapter's logits: those are
+    Q-values, not a policy. Saving, loading, adding and switching adapters are PEFT's.
+
+    Made by `get_qadapter_model` or `QAdapterModel.from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        *,
+        qadapter_config: QAdapterConfig | None = None,
+        **kwargs: Any,
+    ):
+        config = qadapter_config or QAdapterConfig()
+        decoder = base.decoder_of(model)
+        base.check_packable(model, decoder)
+        base.check_lm_head(model, decoder, base.lm_head_of(model))
+        base.silence_dropout(model)
+        identity = base.fingerprint(model)
+        peft_config = _checked_peft_config(model, peft_config, config.kv_mode)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        try:
+            base.check_targets(model, config.kv_mode)
+        except ValueError:
+            self.base_model.unload()  # leave the user's model as it was
+            raise
+        self.base_identity = identity
+        self.qadapter_configs = {adapter_name: config}
+        self.streams = TwoStreams(model, config.kv_mode)
+
+    @property
+    def qadapter_config(self) -> QAdapterConfig:
+        """Config of the active adapter."""
+        return self.qadapter_configs[self.active_adapter]
+
+    def forward(self, batch: PackedPairs | Tensor | None = None, **kwargs: Any) -> Any:
+        """Packed pairs -> `QAdapterOutput(loss, metrics)`; `input_ids=...` -> logits of the customised policy.
+
+        Args:
+            batch: `PackedPairs` of the `PreferenceCollator`, on the device of the model; or `input_ids` (B, L).
+            **kwargs: for logits, the arguments of the base model's own forward.
+        """
+        if isinstance(batch, PackedPairs):
+            return self._preference_loss(batch)
+        if batch is not None:
+            kwargs["input_ids"] = batch
+        model = self.get_base_model()
+        with customised(model, self._policy(None, None, None)):
+            return model(**kwargs)
+
+    def _preference_loss(self, batch: PackedPairs) -> QAdapterOutput:
+        model = self.get_base_model()
+        hidden_q, hidden_b = self.hidden_states(batch)
+        loss, metrics = q_adapter_loss(hidden_q, hidden_b, base.lm_head_of(model), batch, self.qadapter_config)
+        return QAdapterOutput(loss=loss, metrics=metrics)
+
+    def hidden_states(self, batch: PackedPairs) -> tuple[Tensor, Tensor]:
+        """Last hidden states at the state rows of a packed batch: `h_q` (S, D) of the active adapter, `h_b` (S, D)."""
+        return self.streams.packed_hidden_states(batch, self.active_adapter)
+
+    def generate(
+        self,
+        *args: Any,
+        alpha_0: float | None = None,
+        alpha_tilde: float | None = None,
+        adapters: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, with the customised policy `softmax((q + alpha_0 log pi) / alpha_tilde)`.
+
+        Args:
+            alpha_0: weight of the base policy; default: the active adapter's config.
+            alpha_tilde: temperature of the customised policy; default: the active adapter's config.
+            adapters: weight of each loaded adapter, any real number; `q = sum_i w_i q_i`, 0 is the base policy itself.
+                Default: the active adapter with weight 1.
+            *args, **kwargs: everything else that the base model's `generate` takes.
+
+        Raises:
+            ValueError: an unknown adapter, or a number outside its range.
+        """
+        model = self.get_base_model()
+        with customised(model, self._policy(alpha_0, alpha_tilde, adapters)):
+            return model.generate(*args, **kwargs)
+
+    def _policy(self, alpha_0: float | None, alpha_tilde: float | None, adapters: Mapping[str, float] | None) -> Policy:
+        config = self.qadapter_config
+        weights = {self.active_adapter: 1.0} if adapters is None else dict(adapters)
+        unknown = sorted(set(weights) - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"adapters {unknown} are not loaded; loaded are {sorted(self.peft_config)}")
+        for name, weight in weights.items():
+            if not abs(weight) < float("inf"):
+                raise ValueError(f"adapters={{{name!r}: {weight!r}}}: the weight is not a finite number")
+        heads = {self.qadapter_configs[name].q_head for name in weights}
+        dials = Dials(
+            alpha_0=config.alpha_0 if alpha_0 is None else alpha_0,
+            alpha_tilde=config.alpha_tilde if alpha_tilde is None else alpha_tilde,
+            weights=weights,
+            q_head="logits" if "logits" in heads else "difference",
+        )
+        return Policy(self.get_base_model(), self.streams, dials)
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's `add_adapter` with our checks; the new adapter has the config of the active one until loaded."""
+        model = self.get_base_model()
+        kv_mode = self.streams.kv_mode
+        peft_config = _checked_peft_config(model, peft_config, kv_mode)
+        result = super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        try:
+            base.check_targets(model, kv_mode)
+        except ValueError:
+            self.delete_adapter(adapter_name)
+            raise
+        self.qadapter_configs.setdefault(adapter_name, self.qadapter_config)
+        self.streams.refresh()
+        return result
+
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, force: bool = False, **kwargs: Any
+    ) -> Any:
+        """PEFT's `load_adapter`: load a further Q-Adapter, or the weights of a known one.
+
+        Raises:
+            ValueError: no sidecar (a plain LoRA adapter), no safetensors, trained on another base model (unless
+                `force`), or in another KV mode than the adapters here.
+        """
+        config = _read_adapter_folder(model_id, self.base_identity, force, _hub_arguments(kwargs))
+        if config.kv_mode != self.streams.kv_mode:
+            raise ValueError(
+                f"adapter {str(model_id)!r} was trained with kv_mode={config.kv_mode!r}, this model runs "
+                f"kv_mode={self.streams.kv_mode!r}; load it on a base model of its own"
+            )
+        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        self.qadapter_configs[adapter_name] = config
+        self.streams.refresh()
+        return result
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.qadapter_configs.pop(adapter_name, None)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        """PEFT's `save_pretrained`, with the sidecar `qadapter_config.json` beside each adapter's files."""
+        if kwargs.get("safe_serialization") is False or (args and args[0] is False):
+            raise ValueError("safe_serialization=False would write a pickle; adapters are saved as safetensors only")
+        super().save_pretrained(str(save_directory), *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        for name in kwargs.get("selected_adapters") or self.peft_config:
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            write_sidecar(folder, self.qadapter_configs[name], self.base_identity)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model: PreTrainedModel | str,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *,
+        kv_mode: KVMode | None = None,
+        force: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **kwargs: Any,
+    ) -> QAdapterModel:
+        """Load a Q-Adapter that `save_pretrained` wrote onto its base model.
+
+        Args:
+            model: the base model, or its folder or hub id.
+            model_id: folder or hub id of the adapter.
+            adapter_name: name to load it under.
+            is_trainable: keep training it; else it is frozen.
+            kv_mode: the mode to run in, which must be the one it was trained in, unless `force`.
+            force: load it although base model or KV mode differ from those it was trained with.
+            **kwargs: hub arguments (`revision`, `token`, `subfolder`, `cache_dir`, ...).
+
+        Raises:
+            ValueError: no sidecar (a plain LoRA adapter), no safetensors, another base model or KV mode.
+        """
+        model = _load_base(model)
+        hub = _hub_arguments(kwargs)
+        config = _read_adapter_folder(model_id, base.fingerprint(model), force, hub)
+        if kv_mode is not None and kv_mode != config.kv_mode:
+            if not force:
+                raise ValueError(
+                    f"adapter {str(model_id)!r} was trained with kv_mode={config.kv_mode!r} and is another function "
+                    f"with kv_mode={kv_mode!r}; leave kv_mode out, or pass force=True"
+                )
+            config = dataclasses.replace(config, kv_mode=kv_mode)
+        peft_config = PeftConfig.from_pretrained(str(model_id), **hub)
+        peft_config.inference_mode = not is_trainable
+        loaded = cls(
+            model,
+            peft_config,
+            adapter_name,
+            qadapter_config=config,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+        # Base and mode are checked above; PEFT's own method fills the weights in.
+        super(QAdapterModel, loaded).load_adapter(
+            str(model_id),
+            adapter_name,
+            is_trainable=is_trainable,
+            torch_device=str(base.lm_head_of(model).weight.device),
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            **kwargs,
+        )
+        return loaded if is_trainable else loaded.eval()
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the policy needs base and Q stream apart.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a Q-Adapter cannot be merged into its base: the customised policy needs both streams, and the merged "
+            "weights alone would sample from the Q-values; keep the adapter and use generate()"
+        )
+
+    merge_adapter = merge_and_unload
+
+
+def get_qadapter_model(
+    base_model: PreTrainedModel | str,
+    config: QAdapterConfig | None = None,
+    peft_config: PeftConfig | None = None,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> QAdapterModel:
+    """Put a new, trainable Q-Adapter on a causal LM, which is frozen.
+
+    Args:
+        base_model: any causal LM of transformers that uses its attention interface, or its folder or hub id.
+        config: hyper-parameters; default `QAdapterConfig()`.
+        peft_config: a `LoraConfig`; default rank 8. Without `target_modules` it targets all linear layers of the
+            decoder, but not k and v in `shared` mode.
+        adapter_name: name of the adapter.
+        autocast_adapter_dtype: keep the weights of the adapter in float32 on a half-precision base.
+
+    Raises:
+        ValueError: an architecture that cannot be served, or a target that the method or the KV mode forbids.
+    """
+    peft_config = LoraConfig(task_type=TaskType.CAUSAL_LM) if peft_config is None else peft_config
+    return QAdapterModel(
+        _load_base(base_model),
+        peft_config,
+        adapter_name,
+        qadapter_config=config,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
+
+
+def _load_base(model: PreTrainedModel | str) -> PreTrainedModel:
+    if isinstance(model, str | os.PathLike):
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    if isinstance(model, PeftModelForCausalLM):
+        raise ValueError(f"the base model is a {type(model).__name__} already; give the plain causal LM")
+    return model
+
+
+def _checked_peft_config(model: PreTrainedModel, peft_config: PeftConfig, kv_mode: KVMode) -> PeftConfig:
+    """A copy of the user's config with our default targets, or a ValueError if it would change the base."""
+    if peft_config.peft_type != PeftType.LORA:
+        raise ValueError(f"peft_type={peft_config.peft_type!s} is not supported; use a LoraConfig")
+    peft_config = copy.deepcopy(peft_config)
+    if peft_config.init_lora_weights not in BASE_PRESERVING_INITS:
+        raise ValueError(
+            f"init_lora_weights={peft_config.init_lora_weights!r} rewrites the base weights, which must stay frozen; "
+            f"use one of {', '.join(map(repr, BASE_PRESERVING_INITS))}"
+        )
+    for name in ("layer_replication", "alora_invocation_tokens"):
+        if getattr(peft_config, name, None):
+            raise ValueError(f"{name} is not supported: it changes the base stream; leave it out")
+    if peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None):
+        peft_config.target_modules = set(base.default_targets(model, kv_mode))
+    if peft_config.task_type is None:
+        peft_config.task_type = TaskType.CAUSAL_LM
+    return peft_config
+
+
+_HUB_ARGUMENTS = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
+
+
+def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+
+
+def _read_adapter_folder(
+    model_id: str | os.PathLike[str], identity: dict[str, Any], force: bool, hub: dict[str, Any]
+) -> QAdapterConfig:
+    """Config of a saved adapter, checked against the base model it shall run on."""
+    _locate(model_id, SAFETENSORS_WEIGHTS_NAME, "weights as safetensors", hub)
+    config, trained_on = read_sidecar(_locate(model_id, CONFIG_NAME, "the Q-Adapter sidecar", hub))
+    if not force:
+        base.check_same_base(trained_on, identity, str(model_id))
+    return config
+
+
+def _locate(model_id: str | os.PathLike[str], filename: str, what: str, hub: dict[str, Any]) -> str:
+    """Path of one file of a local folder or a hub repository."""
+    folder = Path(model_id) / hub.get("subfolder", "")
+    if (folder / filename).is_file():
+        return str(folder / filename)
+    hint = "a plain LoRA adapter is no Q-Adapter; train one with fastqadapter"
+    if folder.is_dir():
+        raise ValueError(f"{folder}: {what} ({filename}) is missing: {hint}")
+    try:
+        return hf_hub_download(str(model_id), filename, **hub)
+    except EntryNotFoundError:
+        raise ValueError(f"{model_id}: {what} ({filename}) is missing: {hint}") from None
+    except (OSError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{model_id}: neither a local folder nor a hub repository within reach ({reason})") from None
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    """Number of parameters that receive a gradient."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

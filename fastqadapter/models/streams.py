@@ -1,0 +1,151 @@
+"""Two streams over one frozen model: the base stream (adapters off) and the Q stream (an adapter on).
+
+Training runs two passes over a packed batch. 1. Base pass, no grad, over all token rows; records K/V where the mode
+shares them. 2. Q pass, with grad: over all token rows in `separate` mode, over the state rows alone in `prompt` and
+`shared`. Layers below the first adapted one are the same in both streams (the trunk): the Q pass skips them and starts
+from the base pass's hidden states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastqadapter.config import KVMode
+from fastqadapter.models import base
+from fastqadapter.models.attention import PackedAttention, base_segments, packed_attention_of, q_segments
+from fastqadapter.packing import PackedPairs
+
+
+class TwoStreams:
+    """Runs the decoder of one base model as base stream or as Q stream."""
+
+    def __init__(self, model: PreTrainedModel, kv_mode: KVMode):
+        self.decoder = base.decoder_of(model)
+        self.layers = base.decoder_layers(self.decoder)
+        self.kv_mode = kv_mode
+        self.tuner_layers: list[BaseTunerLayer] = []
+        self.trunk_depth = 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again for adapted layers, after an adapter was added or removed."""
+        self.tuner_layers = [module for _, module in base.tuner_layers(self.decoder)]
+        self.trunk_depth = base.first_adapted_layer(self.layers)
+
+    @contextlib.contextmanager
+    def base_stream(self) -> Iterator[None]:
+        """Adapters off, no gradient.
+
+        PEFT's own `disable_adapter()` walks all modules and turns `requires_grad` of every adapter off and on again;
+        the flag alone is enough here.
+        """
+        before = [layer._disable_adapters for layer in self.tuner_layers]
+        for layer in self.tuner_layers:
+            layer._disable_adapters = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for layer, disabled in zip(self.tuner_layers, before, strict=True):
+                layer._disable_adapters = disabled
+
+    @contextlib.contextmanager
+    def q_stream(self, adapter: str | None = None) -> Iterator[None]:
+        """Adapters on; `adapter` alone where it is named, else the active one."""
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in self.tuner_layers]
+        for layer in self.tuner_layers:
+            layer._disable_adapters = False
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+        try:
+            yield
+        finally:
+            for layer, (disabled, active) in zip(self.tuner_layers, before, strict=True):
+                layer._disable_adapters, layer._active_adapter = disabled, active
+
+    def packed_hidden_states(self, batch: PackedPairs, adapter: str | None = None) -> tuple[Tensor, Tensor]:
+        """Last hidden states of both streams at the state rows of a packed batch.
+
+        Returns:
+            `hidden_q` (S, D), with a graph where gradients are on, and `hidden_b` (S, D) without.
+        """
+        rows = batch.state_rows()
+        recorded: dict[int, tuple[Tensor, Tensor]] | None = None if self.kv_mode == "separate" else {}
+        base_pass = PackedAttention(base_segments(batch), "own", recorded)
+        with packed_attention_of(self.decoder):
+            with self.base_stream(), self._tap_trunk() as trunk:
+                hidden_b = self._run(batch.input_ids, batch.position_ids, base_pass)
+            if self.kv_mode == "separate":
+                q_pass = PackedAttention(base_pass.segments, "own")
+                with self.q_stream(adapter), self._start_above_trunk(trunk, None):
+                    hidden_q = self._run(batch.input_ids, batch.position_ids, q_pass).index_select(0, rows)
+            else:
+                kv_axis = "base" if self.kv_mode == "shared" else "base+own"
+                q_pass = PackedAttention(q_segments(batch, self.kv_mode), kv_axis, recorded)
+                with self.q_stream(adapter), self._start_above_trunk(trunk, rows):
+                    hidden_q = self._run(batch.input_ids[rows], batch.position_ids[rows], q_pass)
+        return hidden_q, hidden_b.index_select(0, rows)
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor, packed: PackedAttention) -> Tensor:
+        """One pass over packed rows: (T,) tokens -> (T, D) last hidden states."""
+        output = self.decoder(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, packed=packed
+        )
+        return output.last_hidden_state[0]
+
+    @contextlib.contextmanager
+    def _tap_trunk(self) -> Iterator[list[Tensor]]:
+        """Collect the hidden states (1, T, D) that enter the first adapted layer."""
+        tapped: list[Tensor] = []
+        if self.trunk_depth == 0:
+            yield tapped
+            return
+
+        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tapped.append(args[0] if args else kwargs["hidden_states"])
+
+        handle = self.layers[self.trunk_depth].register_forward_pre_hook(tap, with_kwargs=True)
+        try:
+            yield tapped
+        finally:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def _start_above_trunk(self, trunk: list[Tensor], rows: Tensor | None) -> Iterator[None]:
+        """Make the trunk's layers hand their input on, and feed the first adapted layer the base's hidden states."""
+        if not trunk:
+            yield
+            return
+        hidden_states = trunk[0] if rows is None else trunk[0].index_select(1, rows)
+
+        def skip(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return hidden
+
+        def replace_input(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (hidden_states, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden_states}
+
+        handle = self.layers[self.trunk_depth].register_forward_pre_hook(replace_input, with_kwargs=True)
+        # An instance attribute shadows the method; accelerate's device hooks may have set one already.
+        before = [layer.__dict__.get("forward") for layer in self.layers[: self.trunk_depth]]
+        for layer in self.layers[: self.trunk_depth]:
+            layer.forward = skip
+        try:
+            yield
+        finally:
+            handle.remove()
+            for layer, forward in zip(self.layers, before, strict=False):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
