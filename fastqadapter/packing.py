@@ -46,6 +46,15 @@ class PackedPairs:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __contains__(self, name: object) -> bool:
+        """Fields can be looked up by name as in transformers' own batches, which the Trainer's counters do."""
+        return name in self.__dataclass_fields__
+
+    def __getitem__(self, name: str) -> object:
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self, name)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedPairs:
         """The same batch with its tensors on `device`."""
         moved = {

@@ -1,0 +1,261 @@
+"""`QAdapterTrainer`: transformers' Trainer on preference pairs, with TRL's constructor, column and metric names."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+
+from fastqadapter.config import QAdapterConfig
+from fastqadapter.data import PreferenceCollator, TokenizedRows, tokenize_rows
+from fastqadapter.models import QAdapterModel, QAdapterOutput, get_qadapter_model
+from fastqadapter.packing import PackedPairs
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step, the rows and the last checkpoint."""
+
+
+@dataclasses.dataclass
+class QAdapterTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with the defaults and the data options of Q-Adapter training."""
+
+    learning_rate: float = dataclasses.field(default=5e-4, metadata={"help": "initial learning rate of the adapter"})
+    logging_steps: float = dataclasses.field(default=10, metadata={"help": "log every so many optimizer steps"})
+    logging_nan_inf_filter: bool = dataclasses.field(
+        default=False, metadata={"help": "leave it off: training stops at a non-finite loss instead of hiding it"}
+    )
+    remove_unused_columns: bool = dataclasses.field(
+        default=False, metadata={"help": "leave it off: the collator takes the columns it knows"}
+    )
+    max_length: int | None = dataclasses.field(
+        default=1024, metadata={"help": "most tokens of prompt + response; longer responses are cut at the end"}
+    )
+    on_bad_row: str = dataclasses.field(
+        default="raise", metadata={"help": "'raise' at a malformed row, or 'skip' and count it"}
+    )
+    disable_dropout: bool = dataclasses.field(
+        default=True, metadata={"help": "train without lora_dropout: the Q stream is compared with a noiseless base"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} is outside its legal range [2, inf) or None")
+        if self.on_bad_row not in ("raise", "skip"):
+            raise ValueError(f"on_bad_row={self.on_bad_row!r} is not one of 'raise', 'skip'")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the preference columns; leave it False")
+
+
+class _PairMeans:
+    """Means over pairs of per-pair metrics, kept on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Tensor]] = collections.defaultdict(list)
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, per_pair in metrics.items():
+            self.values[name].append(per_pair)
+
+    def pop(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The mean of each metric over all pairs and processes since the last call."""
+        means = {}
+        for name, parts in self.values.items():
+            values = torch.cat(parts).double()
+            total = gather(torch.stack([values.sum(), values.new_tensor(float(values.numel()))]).view(1, 2)).sum(dim=0)
+            means[name] = (total[0] / total[1]).item()
+        self.values.clear()
+        return means
+
+
+class QAdapterTrainer(Trainer):
+    """Train a Q-Adapter on preference pairs.
+
+    The batch loss is the mean over pairs, so gradient accumulation over any micro-batches, the last short one too,
+    gives the gradient of one large batch (presets `default` and `paper`; `reference` averages r^2 over the tokens of
+    the micro-batch, as published). Logged beside Trainer's own numbers, and with the prefix `eval_` in evaluation:
+    `pref_loss`, `chi2_loss`, `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`,
+    `logps/chosen`, `logps/rejected`, `q_values/mean`, `values/mean`, all means over pairs.
+
+    Args:
+        model: a causal LM, its folder or hub id, or a `QAdapterModel`.
+        args: `QAdapterTrainingArguments`.
+        data_collator: default `PreferenceCollator`.
+        train_dataset: rows `prompt/chosen/rejected` (a list, a `datasets.Dataset`, or `read_rows(path)`).
+        eval_dataset: the same, or a dict of several.
+        processing_class: the tokenizer; default: the one of the model.
+        callbacks, optimizers: as in Trainer.
+        peft_config: a `LoraConfig` for a new adapter; default rank 8. Not with a `QAdapterModel`.
+        qadapter_config: hyper-parameters of a new adapter; default `QAdapterConfig()`. Not with a `QAdapterModel`.
+
+    Raises:
+        ValueError: arguments that contradict each other, or rows that cannot be used.
+        NonFiniteLossError: while training, at the first loss that is NaN or infinite.
+    """
+
+    # The loss is divided by the pairs of the whole optimizer step in `compute_loss`.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | QAdapterModel | str,
+        args: QAdapterTrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], PackedPairs] | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+        qadapter_config: QAdapterConfig | None = None,
+    ):
+        args = args or QAdapterTrainingArguments()
+        if args.n_gpu > 1:
+            raise ValueError("several GPUs in one process (DataParallel) are not supported; use `accelerate launch`")
+        if processing_class is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            processing_class = AutoTokenizer.from_pretrained(name)
+        model = _as_qadapter_model(model, qadapter_config, peft_config)
+        if args.disable_dropout:
+            _disable_dropout(model)
+
+        def tokenized(rows: Rows | None) -> TokenizedRows | None:
+            if rows is None or isinstance(rows, TokenizedRows):
+                return rows
+            return tokenize_rows(rows, processing_class, max_length=args.max_length, on_bad_row=args.on_bad_row)
+
+        if data_collator is None:
+            data_collator = PreferenceCollator(
+                processing_class, args.max_length, pad_action=_pad_action(model.qadapter_config, processing_class)
+            )
+        several = isinstance(eval_dataset, Mapping)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=tokenized(train_dataset),
+            eval_dataset={k: tokenized(v) for k, v in eval_dataset.items()} if several else tokenized(eval_dataset),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` is called before transformers 5.19
+        self._means = {"train": _PairMeans(), "eval": _PairMeans()}
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, PackedPairs):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    def _get_num_items_in_batch(self, batch_samples: list[PackedPairs], device: torch.device) -> Tensor | None:
+        """Pairs of one optimizer step, over all micro-batches and processes."""
+        if not batch_samples:
+            return None
+        pairs = torch.tensor(sum(len(batch) for batch in batch_samples), device=device)
+        return self.accelerator.gather(pairs).sum() if self.args.world_size > 1 else pairs
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: PackedPairs,  # type: ignore[override]
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss of the pairs, or their share of the mean over the whole optimizer step."""
+        output: QAdapterOutput = model(inputs)
+        assert output.loss is not None and output.metrics is not None
+        self._means["train" if model.training else "eval"].add(
+            {**output.metrics, "loss": output.loss.detach().expand(len(inputs))}
+        )
+        loss = output.loss
+        if num_items_in_batch is not None:
+            loss = loss * (len(inputs) * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, output) if return_outputs else loss
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: PackedPairs,  # type: ignore[override]
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One forward and backward; stops before the optimizer can step on a loss that is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
+        if not torch.isfinite(loss):
+            checkpoint = get_last_checkpoint(self.args.output_dir) if self.args.output_dir else None
+            raise NonFiniteLossError(
+                f"loss {loss.item()} at step {self.state.global_step + 1} in rows {', '.join(inputs.sources)}; "
+                f"last good checkpoint: {checkpoint or 'none yet'}; lower learning_rate or look at these rows"
+            )
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: PackedPairs,  # type: ignore[override]
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, None, None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))  # type: ignore[arg-type]
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's loop; the metrics, the loss among them, are exact means over pairs."""
+        self._means["eval"].values.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._means["eval"].pop(self.accelerator.gather)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            means = self._means["train"].pop(self.accelerator.gather)
+            logs = {**means, **logs}
+        super().log(logs, start_time)
+
+
+def _as_qadapter_model(
+    model: PreTrainedModel | QAdapterModel | str, config: QAdapterConfig | None, peft_config: PeftConfig | None
+) -> QAdapterModel:
+    if isinstance(model, QAdapterModel):
+        if config is not None or peft_config is not None:
+            raise ValueError("the model is a QAdapterModel already: leave out peft_config and qadapter_config")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("the adapter is frozen: load it with from_pretrained(..., is_trainable=True) to train on")
+        return model
+    if isinstance(model, PeftModel):
+        raise ValueError(f"model is a plain {type(model).__name__}; give its base model, or a QAdapterModel")
+    return get_qadapter_model(model, config, peft_config)
+
+
+def _pad_action(config: QAdapterConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token scored after the last one, which the `reference` preset alone asks for."""
+    if config.scored_states != "shifted":
+        return None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ValueError("preset='reference' scores a step to padding, but the tokenizer has no pad or EOS token")
+    return pad
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
