@@ -12,85 +12,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # `benchmarks`, when this file is run as a script
 
 import fastqadapter as fqa
 from benchmarks.memory import forget_peak, resident_mib
-from benchmarks.peers import two_pass
+from benchmarks.step_methods import METHODS, PUBLISHED, Method, Row, disagreement, load_model, pad_rows, prepare_loss
 from fastqadapter.data import read_rows, tokenize_rows
 
-OBJECTIVE = {"alpha_0": 1.0, "alpha_tilde": 1.0, "gamma": 1.0, "beta": 0.1}
-RANK = 8
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WARM_UP_ROW = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]}
-
-Row = dict[str, Any]  # a tokenised pair: prompt_ids, chosen_ids, rejected_ids
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to run the step. `kv_mode=None` is the published computation; `targets=None` our default for the mode."""
-
-    label: str
-    kv_mode: str | None
-    preset: str = "default"
-    targets: tuple[str, ...] | None = None
-    base_no_grad: bool = False
-
-
-PUBLISHED = Method("published", None, "reference", ("q_proj", "v_proj"))
-SEPARATE = Method("separate", "separate", "reference", ("q_proj", "v_proj"))
-METHODS = (
-    PUBLISHED,
-    Method("published, base under no_grad", None, "reference", ("q_proj", "v_proj"), base_no_grad=True),
-    SEPARATE,
-    Method("prompt", "prompt"),
-    Method("shared", "shared"),
-    Method("shared, q_proj and o_proj only", "shared", targets=("q_proj", "o_proj")),
-)
 BARS = {"separate": (4.0, 5.0), "shared": (7.0, 10.0)}  # at least so many times faster, smaller
-
-
-def load_model(method: Method, folder: str, dtype: torch.dtype) -> PeftModel:
-    """The base model with the method's fresh adapter on it, ready to train."""
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    lora = LoraConfig(r=RANK, target_modules=list(method.targets) if method.targets else None, task_type="CAUSAL_LM")
-    if method.kv_mode is None:
-        return get_peft_model(base, lora).train()
-    config = fqa.QAdapterConfig(**OBJECTIVE, kv_mode=method.kv_mode, preset=method.preset)
-    return fqa.get_qadapter_model(base, config, lora).train()
-
-
-def pad_rows(rows: list[Row], pad_id: int) -> two_pass.PaddedPairs:
-    return two_pass.pad_pairs([(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows], pad_id)
-
-
-def prepare_loss(method: Method, model: PeftModel, rows: list[Row], pad_id: int) -> Callable[[], Tensor]:
-    """Collate one micro-batch; the function returned runs its forward pass."""
-    if method.kv_mode is None:
-        padded = pad_rows(rows, pad_id)
-        return lambda: two_pass.two_pass_loss(model, padded, **OBJECTIVE, base_no_grad=method.base_no_grad)
-    pad_action = pad_id if method.preset == "reference" else None
-    packed = fqa.PreferenceCollator(None, None, pad_action=pad_action)(rows)
-    return lambda: model(packed).loss
 
 
 def run_step(model: PeftModel, loss_of: Callable[[], Tensor]) -> float:
@@ -100,78 +46,6 @@ def run_step(model: PeftModel, loss_of: Callable[[], Tensor]) -> float:
     seconds = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
     return seconds
-
-
-# Correctness: a benchmark reports nothing on red.
-
-
-def loss_and_gradient(method: Method, model: PeftModel, rows: list[Row], pad_id: int) -> tuple[float, Tensor]:
-    """Loss, and the gradient of the whole adapter as one fp32 vector."""
-    loss = prepare_loss(method, model, rows, pad_id)()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters)
-    return loss.item(), torch.cat([gradient.float().flatten() for gradient in gradients])
-
-
-def randomize_adapter(model: PeftModel) -> None:
-    """LoRA starts at zero, where the two passes of a method are the same and an error would stay unseen."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-
-
-def separate_disagrees(folder: str, dtype: torch.dtype, rows: list[Row], pad_id: int) -> str | None:
-    """Why `separate` is not the published computation, or None if it is.
-
-    In fp32 both must agree: loss to 1e-5, gradient to 1e-3 of its norm. In the benchmark's dtype each rounds in its own
-    way: ours may be off the fp32 result by twice the error of the published computation in that dtype, and by one
-    rounding of it, for the case that the published error is small by luck.
-    """
-    published = load_model(PUBLISHED, folder, torch.float32)
-    randomize_adapter(published)
-    weights = get_peft_model_state_dict(published)
-    true_loss, true_gradient = loss_and_gradient(PUBLISHED, published, rows, pad_id)
-    del published
-
-    def errors(method: Method, dtype: torch.dtype) -> tuple[float, float]:
-        model = load_model(method, folder, dtype)
-        set_peft_model_state_dict(model, weights)
-        loss, gradient = loss_and_gradient(method, model, rows, pad_id)
-        return abs(loss - true_loss) / abs(true_loss), float((gradient - true_gradient).norm() / true_gradient.norm())
-
-    checks = [(errors(SEPARATE, torch.float32), (1e-5, 1e-3), torch.float32)]
-    if dtype != torch.float32:
-        rounding = torch.finfo(dtype).eps
-        allowed = tuple(2 * error + rounding for error in errors(PUBLISHED, dtype))
-        checks.append((errors(SEPARATE, dtype), allowed, dtype))
-    for found, allowed, each in checks:
-        loss, gradient = (f"{error:.1e} (allowed {limit:.1e})" for error, limit in zip(found, allowed, strict=True))
-        print(f"separate against published, {each}: relative error of loss {loss}, of gradient {gradient}")
-        if not all(error <= limit for error, limit in zip(found, allowed, strict=True)):  # NaN is red too
-            return f"separate differs from the published computation in {each}"
-    return None
-
-
-def untrained_disagrees(folder: str, dtype: torch.dtype, rows: list[Row], pad_id: int) -> str | None:
-    """An untrained adapter with a `difference` head has rewards 0 and loss log 2; which has not, or None.
-
-    To 1e-5 in fp32, to one rounding in bf16: the two streams multiply different numbers of rows, and round differently.
-    """
-    for method in (method for method in METHODS if method.preset == "default"):
-        for each, allowed in {torch.float32: 1e-5, dtype: max(1e-5, torch.finfo(dtype).eps)}.items():
-            with torch.no_grad():
-                loss = prepare_loss(method, load_model(method, folder, each), rows, pad_id)().item()
-            error = abs(loss / math.log(2) - 1)
-            print(
-                f"{method.label}, untrained against log 2, {each}: relative error {error:.1e} (allowed {allowed:.1e})"
-            )
-            if not error <= allowed:
-                return f"{method.label}: the untrained loss {loss} is not log 2 in {each}"
-    return None
-
-
-# Time and memory
 
 
 def measure_times(models: dict[str, PeftModel], batches: Sequence[list[Row]], pad_id: int) -> dict[str, list[float]]:
@@ -249,11 +123,11 @@ def print_batches(batches: Sequence[list[Row]], pad_id: int) -> None:
 def read_batches(args: argparse.Namespace) -> tuple[list[list[Row]], int]:
     """The first micro-batches of the file, and the pad token."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows = tokenize_rows(read_rows(args.data), tokenizer, max_length=args.max_length, progress=False)
+    candidates = read_rows(args.data)[: 2 * args.pairs * args.rounds]  # some will not fit in max_length
+    rows = tokenize_rows(candidates, tokenizer, max_length=args.max_length, progress=False)
     if args.rounds < 2 or len(rows) < args.pairs * args.rounds:
-        raise SystemExit(
-            f"--rounds {args.rounds} --pairs {args.pairs}: needs 2 rounds, and {args.data} has {len(rows)}"
-        )
+        found = f"{args.data} gave {len(rows)} pairs"
+        raise SystemExit(f"{found}: too few for --rounds {args.rounds} (at least 2) of --pairs {args.pairs}")
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return [rows[args.pairs * i : args.pairs * (i + 1)] for i in range(args.rounds)], pad_id
 
@@ -281,6 +155,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
+    transformers_logging.disable_progress_bar()
     batches, pad_id = read_batches(args)
     if args.measure_memory:
         method = next(method for method in METHODS if method.label == args.measure_memory)
@@ -292,8 +167,7 @@ def main() -> int:
     print(environment)
     print_batches(batches, pad_id)
     dtype = DTYPES[args.dtype]
-    reason = separate_disagrees(args.model, dtype, batches[0], pad_id)
-    reason = reason or untrained_disagrees(args.model, dtype, batches[0], pad_id)
+    reason = disagreement(args.model, dtype, batches[0], pad_id)
     if reason:
         print(f"RED: {reason}; no times are reported", file=sys.stderr)
         return 1

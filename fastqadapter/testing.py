@@ -48,7 +48,7 @@ def assert_close_to_truth(
     finite = truth.isfinite()
     scale = truth[finite].abs().max().item() if finite.any() else 0.0
     # A difference is NaN where one of the two is, or where infinities meet: infinitely wrong, unless they agree.
-    error = ((got - truth).abs() / (scale or 1.0)).nan_to_num(nan=torch.inf)
+    error = ((got - truth).abs() / (scale or 1.0)).nan_to_num(nan=torch.inf, posinf=torch.inf)
     error[(got == truth) | (got.isnan() & truth.isnan())] = 0.0
     eager_error = ((eager - truth).abs() / (scale or 1.0))[finite & eager.isfinite()]
     worst_of_eager = eager_error.max().item() if eager_error.numel() else 0.0

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -152,28 +153,25 @@ def _sha256(path: Path) -> str:
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:
-    """Unpack a Llama GGUF file into `folder`: bf16 safetensors, config, generation config, tokenizer, chat template."""
+    """Unpack a GGUF file into `folder`: bf16 safetensors, config, generation config, tokenizer, chat template."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    import transformers
 
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
     logger.info("unpacking it, about 40 seconds: the tokenizer ...")
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     logger.info("... the weights ...")
-    # float32 and one rounding at the end; asked for bf16, transformers would only warn and compute in float32.
-    packed = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    if hasattr(transformers, "GgufConfig"):  # newer versions else keep the weights in 4 bits, and refuse to save them
+        source["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
 
-    # A model that knows it came from GGUF refuses save_pretrained: a plain one takes its weights.
-    settings = packed.config.to_dict()
-    for key in ("quantization_config", "_model_name_or_path"):
-        settings.pop(key, None)
-    plain = LlamaForCausalLM(LlamaConfig.from_dict(settings)).to(torch.bfloat16)
-    plain.load_state_dict(packed.state_dict())
+    model.config.name_or_path = MODEL_NAME
     token_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    plain.generation_config = GenerationConfig(**token_ids)
-    tokenizer.model_max_length = plain.config.max_position_embeddings  # the GGUF reader leaves it at 1e30
+    model.generation_config = transformers.GenerationConfig(**token_ids)
+    tokenizer.model_max_length = model.config.max_position_embeddings  # the GGUF reader leaves it at 1e30
 
     logger.info("... and writing them as bf16 safetensors")
-    plain.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

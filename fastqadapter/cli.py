@@ -1,0 +1,70 @@
+"""The command `fastqadapter`: demo | train | generate | env. A user's mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "train a Q-Adapter on a small real model and show before and after",
+    "train": "train a Q-Adapter on preference pairs",
+    "generate": "generate with the customised policy: a prompt, a file of prompts, or a chat",
+    "env": "print the installation: versions, devices, backends",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code: 0, 1 (training stopped), 2 (wrong use) or 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from fastqadapter import __version__
+
+        print(f"fastqadapter {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
+    _quieten()
+    from fastqadapter.trainer import NonFiniteLossError
+
+    try:
+        importlib.import_module(f"fastqadapter.commands.{name}").main(rest)
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(f"fastqadapter {name}: {_one_line(error)}")
+    except NonFiniteLossError as error:
+        return _fail(f"fastqadapter {name}: {_one_line(error)}", code=1)
+    except KeyboardInterrupt:
+        return _fail(f"fastqadapter {name}: interrupted", code=130)
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: fastqadapter COMMAND [options]    (COMMAND --help lists them)", "", *lines])
+
+
+def _quieten() -> None:
+    """Our own notices and warnings as plain lines; the libraries' deprecation notices are not for the user."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("fastqadapter").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

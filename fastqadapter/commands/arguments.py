@@ -1,0 +1,97 @@
+"""What several subcommands share: one-line argument errors, YAML configs, loading models by TRL's flag names."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+class ArgumentError(ValueError):
+    """A mistake on the command line; the message is one line."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the page of usage before an error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(f"{message} (--help lists the options)")
+
+
+class OneLineHfParser(HfArgumentParser):
+    """transformers' dataclass parser without the page of usage before an error, and with YAML defaults."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(f"{message} (--help lists the options)")
+
+    def parse(self, argv: list[str]) -> tuple[Any, ...]:
+        """Dataclasses from `--config file.yaml` (defaults) and the command line (which wins).
+
+        Raises:
+            ValueError: an unreadable file, or an option that does not exist.
+        """
+        finder = OneLineParser(add_help=False)
+        finder.add_argument("--config")
+        found, rest = finder.parse_known_args(argv)
+        if found.config is not None:
+            rest = _yaml_arguments(found.config) + rest
+        *parsed, unknown = self.parse_args_into_dataclasses(rest, look_for_args_file=False, return_remaining_strings=True)
+        if unknown:
+            raise ArgumentError(f"unknown arguments {' '.join(unknown)} (--help lists the options)")
+        return tuple(parsed)
+
+
+def _yaml_arguments(path: str) -> list[str]:
+    """The entries of a YAML file as command-line arguments, so both are checked alike."""
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, dict):
+        raise ArgumentError(f"{path}: expected 'option: value' lines, got a {type(entries).__name__}")
+    arguments = []
+    for name, value in entries.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *(str(item) for item in values)]
+    return arguments
+
+
+@dataclasses.dataclass
+class ModelArguments:
+    """Which base model, with TRL's flag names."""
+
+    model_name_or_path: str = dataclasses.field(metadata={"help": "folder or hub id of the base model"})
+    model_revision: str = dataclasses.field(default="main", metadata={"help": "branch, tag or commit on the hub"})
+    dtype: str = dataclasses.field(
+        default="auto", metadata={"help": f"dtype of the base model: {', '.join(DTYPES)}", "choices": DTYPES}
+    )
+    attn_implementation: str | None = dataclasses.field(
+        default=None, metadata={"help": "attention of generation: eager, sdpa, flash_attention_2, ..."}
+    )
+    trust_remote_code: bool = dataclasses.field(
+        default=False, metadata={"help": "run the model repository's own Python code"}
+    )
+
+
+def load_model_and_tokenizer(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, on a GPU where there is one, and its tokenizer."""
+    name = arguments.model_name_or_path
+    hub = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation, **hub
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArgumentError(f"model_name_or_path={name!r} cannot be loaded: {reason}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

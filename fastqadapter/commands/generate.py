@@ -1,0 +1,244 @@
+"""`fastqadapter generate`: the customised policy's answers to a prompt, to a file of prompts, or in a chat."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from fastqadapter.commands.arguments import ArgumentError, ModelArguments, OneLineHfParser, load_model_and_tokenizer
+from fastqadapter.models import QAdapterModel
+
+Messages = list[dict[str, str]]
+
+
+@dataclasses.dataclass
+class GenerateArguments:
+    """What to answer, with which adapters and dials."""
+
+    adapter: list[str] = dataclasses.field(
+        metadata={"help": "adapter folder or hub id, or NAME=FOLDER; several are loaded side by side"}
+    )
+    weight: list[float] | None = dataclasses.field(
+        default=None, metadata={"help": "weight of each adapter, in the same order; default 1; 0 is the base policy"}
+    )
+    prompt: str | None = dataclasses.field(default=None, metadata={"help": "one prompt; default: stdin, or a chat"})
+    prompts_file: str | None = dataclasses.field(
+        default=None, metadata={"help": "prompts, one a line; in a .jsonl file objects with `prompt` (text or messages)"}
+    )
+    output_file: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "JSON lines prompt/response, written as they come; a started file is continued"},
+    )
+    system: str | None = dataclasses.field(default=None, metadata={"help": "system message before each prompt"})
+    alpha_0: float | None = dataclasses.field(default=None, metadata={"help": "weight of the base policy"})
+    alpha_tilde: float | None = dataclasses.field(default=None, metadata={"help": "temperature of the policy"})
+    max_new_tokens: int = dataclasses.field(default=256, metadata={"help": "most tokens of one answer"})
+    do_sample: bool = dataclasses.field(default=False, metadata={"help": "sample instead of taking the likeliest"})
+    temperature: float = dataclasses.field(default=1.0, metadata={"help": "further temperature when sampling"})
+    top_p: float = dataclasses.field(default=1.0, metadata={"help": "nucleus sampling"})
+    top_k: int = dataclasses.field(default=0, metadata={"help": "sample among so many tokens; 0: all"})
+    num_beams: int = dataclasses.field(default=1, metadata={"help": "beam search with so many beams"})
+    seed: int = dataclasses.field(default=0, metadata={"help": "random seed"})
+    batch_size: int = dataclasses.field(default=8, metadata={"help": "prompts at once with --prompts_file"})
+    force: bool = dataclasses.field(default=False, metadata={"help": "run an adapter of another base model"})
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name}={getattr(self, name)} is outside its legal range [1, inf)")
+        if self.weight is not None and len(self.weight) != len(self.adapter):
+            raise ArgumentError(f"{len(self.weight)} weights for {len(self.adapter)} adapters: give one for each")
+        if self.prompt is not None and self.prompts_file is not None:
+            raise ArgumentError("give --prompt or --prompts_file, not both")
+        if self.output_file is not None and self.prompts_file is None:
+            raise ArgumentError("--output_file goes with --prompts_file")
+
+
+@dataclasses.dataclass
+class BaseArguments(ModelArguments):
+    """As in training, but the adapter knows its base."""
+
+    model_name_or_path: str | None = dataclasses.field(  # type: ignore[assignment]
+        default=None, metadata={"help": "folder or hub id of the base model; default: what the adapter names"}
+    )
+
+
+class Answerer:
+    """A loaded model with its dials; answers lists of chats."""
+
+    def __init__(self, model: QAdapterModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = options
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def __call__(self, chats: list[Messages], streamer: TextStreamer | None = None) -> list[str]:
+        """The answer to each chat, whose last message is the user's."""
+        inputs = self._encode(chats)
+        output = self.model.generate(
+            **inputs.to(self.model.device), streamer=streamer, pad_token_id=self.tokenizer.pad_token_id, **self.options
+        )
+        return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _encode(self, chats: list[Messages]) -> Any:
+        if self.tokenizer.chat_template is None:
+            texts = ["\n".join(message["content"] for message in chat) for chat in chats]
+            return self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        return self.tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True, padding_side="left"
+        )
+
+
+def main(argv: list[str]) -> None:
+    parser = OneLineHfParser(
+        (GenerateArguments, BaseArguments),
+        prog="fastqadapter generate",
+        description="Generate with the customised policy. Without prompt: a chat on a terminal, else stdin.",
+    )
+    arguments, base_arguments = parser.parse(argv)
+    prompts = None if arguments.prompts_file is None else _read_prompts(Path(arguments.prompts_file))
+    answerer = _load(arguments, base_arguments)
+    set_seed(arguments.seed)
+    if prompts is not None:
+        _answer_file(answerer, [_chat(prompt, arguments.system) for prompt in prompts], arguments)
+    elif arguments.prompt is None and sys.stdin.isatty():
+        _talk(answerer, arguments.system)
+    else:
+        prompt = sys.stdin.read().strip() if arguments.prompt is None else arguments.prompt
+        if not prompt:
+            raise ArgumentError("the prompt is empty: give --prompt, --prompts_file, or text on stdin")
+        _say(answerer, _chat(prompt, arguments.system))
+
+
+def _load(arguments: GenerateArguments, base_arguments: BaseArguments) -> Answerer:
+    folders = dict(_named(argument, index) for index, argument in enumerate(arguments.adapter))
+    if len(folders) != len(arguments.adapter):
+        raise ArgumentError(f"adapter={arguments.adapter}: each needs a name of its own, NAME=FOLDER")
+    first, *others = folders
+    if base_arguments.model_name_or_path is None:
+        base_arguments.model_name_or_path = PeftConfig.from_pretrained(folders[first]).base_model_name_or_path
+    base, tokenizer = load_model_and_tokenizer(base_arguments)
+    model = QAdapterModel.from_pretrained(base, folders[first], first, force=arguments.force)
+    for name in others:
+        model.load_adapter(folders[name], name, force=arguments.force)
+    options: dict[str, Any] = {
+        "adapters": dict(zip(folders, arguments.weight or [1.0] * len(folders), strict=True)),
+        "alpha_0": arguments.alpha_0,
+        "alpha_tilde": arguments.alpha_tilde,
+        "max_new_tokens": arguments.max_new_tokens,
+        "num_beams": arguments.num_beams,
+        "do_sample": arguments.do_sample,
+    }
+    if arguments.do_sample:
+        options |= {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k")}
+    return Answerer(model, tokenizer, options)
+
+
+def _named(argument: str, index: int) -> tuple[str, str]:
+    """`NAME=FOLDER`, or a folder under the name "default", "adapter1", ..."""
+    name, equals, folder = argument.partition("=")
+    if equals and name.isidentifier():
+        return name, folder
+    return ("default" if index == 0 else f"adapter{index}"), argument
+
+
+def _chat(prompt: str | Messages, system: str | None) -> Messages:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def _read_prompts(path: Path) -> list[str | Messages]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ArgumentError(f"{path}: no prompt in this file")
+    if path.suffix != ".jsonl":
+        return list(lines)
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, TypeError, KeyError):
+            raise ArgumentError(f"{path}: prompt {number} is no JSON object with a key 'prompt'") from None
+    return prompts
+
+
+def _answer_file(answerer: Answerer, chats: list[Messages], arguments: GenerateArguments) -> None:
+    """Answer all prompts in batches; each batch is written before the next begins."""
+    output = None if arguments.output_file is None else Path(arguments.output_file)
+    done = _already_answered(output, chats)
+    with tqdm(total=len(chats), initial=done, disable=None, unit="prompt") as bar:
+        for start in range(done, len(chats), arguments.batch_size):
+            batch = chats[start : start + arguments.batch_size]
+            lines = [
+                json.dumps({"prompt": chat, "response": answer}, ensure_ascii=False)
+                for chat, answer in zip(batch, answerer(batch), strict=True)
+            ]
+            if output is None:
+                tqdm.write("\n".join(lines))
+            else:
+                with output.open("a", encoding="utf-8") as file:
+                    file.write("\n".join(lines) + "\n")
+            bar.update(len(batch))
+
+
+def _already_answered(output: Path | None, chats: list[Messages]) -> int:
+    """How many prompts a started output file holds; it must be the answers to these prompts.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if output is None or not output.exists():
+        return 0
+    text = output.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    try:
+        answered = [json.loads(line)["prompt"] for line in complete.splitlines()]
+    except (ValueError, TypeError, KeyError):
+        answered = None
+    if answered is None or answered != chats[: len(answered)]:
+        raise ArgumentError(f"{output}: exists and does not hold answers to these prompts; name another file")
+    if complete != text:  # a kill left half a line
+        output.write_text(complete, encoding="utf-8")
+    return len(answered)
+
+
+def _say(answerer: Answerer, chat: Messages) -> str:
+    """Answer one chat, word by word where the search allows it."""
+    if answerer.options["num_beams"] > 1:
+        [answer] = answerer([chat])
+        print(answer)
+    else:
+        streamer = TextStreamer(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        [answer] = answerer([chat], streamer)
+    return answer
+
+
+def _talk(answerer: Answerer, system: str | None) -> None:
+    """A chat on the terminal, until an empty line or the end of input."""
+    print("Chat with the customised policy; an empty line ends it.", file=sys.stderr)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for line in _lines():
+        messages.append({"role": "user", "content": line})
+        with torch.inference_mode():
+            messages.append({"role": "assistant", "content": _say(answerer, messages)})
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line

@@ -1,0 +1,540 @@
+"""`ops.soft_value`: the definition by hand, identities 1 and 2, and the torch backend against eager in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from math import atanh, inf, log, nan
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastqadapter import ops
+from fastqadapter.testing import assert_close_to_truth
+
+BACKENDS = ("eager", "torch")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+LOG2, LOG3 = log(2), log(3)
+
+# Every option of the head; True stands for a tensor that `problem` makes.
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "both biases": {"bias": True, "bias_q": True},
+    "scaled": {"bias": True, "bias_q": True, "logit_scale": 0.25},
+    "negative scale": {"bias_q": True, "logit_scale": -1.5},
+    "softcap": {"softcap": 3.0},
+    "softcap scaled": {"softcap": 3.0, "bias": True, "bias_q": True, "logit_scale": 0.25},
+    "softcap difference": {"softcap": 3.0, "bias": True, "bias_q": True, "difference": True},
+}
+head_options = pytest.mark.parametrize("head", HEADS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The arguments of one call."""
+
+    hidden_q: Tensor
+    hidden_b: Tensor
+    weight: Tensor
+    options: dict[str, Any]
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        options = {name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        return Problem(self.hidden_q.to(dtype), self.hidden_b.to(dtype), self.weight.to(dtype), options)
+
+    def run(self, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        """v (N,), base_lse (N,) and the gradient (N, D) of a fixed, uneven sum of the values."""
+        hidden_q = self.hidden_q.detach().requires_grad_()
+        value, lse = ops.soft_value(
+            hidden_q, self.hidden_b, self.weight, **self.options, return_base_lse=True, backend=backend
+        )
+        (value * torch.linspace(-1.0, 2.0, len(value)).to(value)).sum().backward()
+        assert hidden_q.grad is not None and hidden_q.grad.dtype == hidden_q.dtype and self.weight.grad is None
+        return value.detach(), lse, hidden_q.grad
+
+
+def problem(
+    head: str = "plain", rows: int = 5, vocab: int = 37, size: int = 6, dtype: torch.dtype = torch.float64, **options: Any
+) -> Problem:
+    """Random arguments, rounded to `dtype`; logits have a standard deviation of about 2."""
+    generator = torch.Generator().manual_seed(rows + vocab + size)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    options = {"alpha_0": 0.7, "alpha_tilde": 1.3, **HEADS[head], **options}
+    options |= {name: normal(vocab) for name in ("bias", "bias_q") if options.get(name) is True}
+    return Problem(normal(rows, size), normal(rows, size), normal(vocab, size) * 2 / size**0.5, options)
+
+
+def check_torch_backend(case: Problem, dtype: torch.dtype) -> None:
+    actual, eager, truth = case.run("torch"), case.run("eager"), case.to(torch.float64).run("eager")
+    for name, *three in zip(("v", "base_lse", "dv/dd"), actual, eager, truth, strict=True):
+        assert_close_to_truth(*three, name=name, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny tiles, so that small problems have several blocks of rows, several tiles and a ragged rest of both."""
+    module = importlib.import_module("fastqadapter.ops.soft_value")  # the package has the function under this name
+    monkeypatch.setattr(module, "ROW_BLOCK", 3)
+    monkeypatch.setattr(module, "VOCAB_TILE", 16)
+
+
+# By hand: V = D = 2, W = 1, h_b = (0, log 3), d = (log 2, 0), so that pi = (1/4, 3/4) and exp(q) = (2, 1).
+BY_HAND = {
+    # v = log(2 * 1/4 + 1 * 3/4)
+    "plain": (log(5 / 4), {}),
+    # pi does not count: v = log(2 + 1)
+    "alpha_0 = 0": (log(3), {"alpha_0": 0.0}),
+    # v = 1/2 log(2^2 (1/4)^2 + 1^2 (3/4)^2) = 1/2 log(4/16 + 9/16)
+    "alpha_tilde = 1/2": (log(13 / 16) / 2, {"alpha_tilde": 0.5}),
+    # v = log(2 (1/4)^2 + (3/4)^2)
+    "alpha_0 = 2": (log(11 / 16), {"alpha_0": 2.0}),
+    # b = (log 3, log 3), pi = (1/2, 1/2): v = log((2 + 1) / 2)
+    "bias": (log(3 / 2), {"bias": (LOG3, 0.0)}),
+    # the same pi, exp(q) = (6, 1): v = log(7 / 2)
+    "both biases": (log(7 / 2), {"bias": (LOG3, 0.0), "bias_q": (LOG3, 0.0)}),
+    # exp(b) = (1, 9), exp(q) = (4, 1): v = log(4 * 1/10 + 9/10)
+    "logit_scale": (log(13 / 10), {"logit_scale": 2.0}),
+    # the scale acts on the bias too: exp(b) = (9, 9), exp(q) = (4, 1): v = log(5 / 2)
+    "logit_scale, bias": (log(5 / 2), {"logit_scale": 2.0, "bias": (LOG3, 0.0)}),
+    # lse(b) is given: log pi = b - log 8 = (-log 8, log 3/8): v = log(2/8 + 3/8)
+    "base_lse": (log(5 / 8), {"base_lse": (log(8),)}),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("case", BY_HAND)
+def test_value_by_hand(case: str, backend: str):
+    """The derivations stand beside the numbers, above."""
+    expected, changes = BY_HAND[case]
+    d, h_b = torch.tensor([[LOG2, 0.0]]).double(), torch.tensor([[0.0, LOG3]]).double()
+    options = {k: torch.tensor(v).double() if isinstance(v, tuple) else v for k, v in changes.items()}
+    options = {"alpha_0": 1.0, "alpha_tilde": 1.0, **options}
+    value = ops.soft_value(d, h_b, torch.eye(2).double(), **options, backend=backend)
+    assert value.item() == pytest.approx(expected, abs=1e-14)
+
+
+@each_backend
+@pytest.mark.parametrize(("difference", "h_q"), [(False, (LOG2, 0.0)), (True, (LOG2, LOG3))])
+def test_softcapped_value_by_hand(difference: bool, h_q: tuple[float, float], backend: str):
+    """W = 1 and c = 2. Before the cap x stands as c atanh(x / c), so the capped base logits are (0, log 3), and the
+    capped logits of the Q stream are (log 2, 0), or with `difference` (log 2, log 3) - (0, log 3): the same q. So
+    v = log(2 * 1/4 + 3/4) as without cap."""
+
+    def before_cap(*logits: float) -> Tensor:
+        return torch.tensor([[2.0 * atanh(x / 2.0) for x in logits]]).double()
+
+    value = ops.soft_value(
+        before_cap(*h_q),
+        before_cap(0.0, LOG3),
+        torch.eye(2).double(),
+        alpha_0=1.0,
+        alpha_tilde=1.0,
+        softcap=2.0,
+        difference=difference,
+        backend=backend,
+    )
+    assert value.item() == pytest.approx(log(5 / 4), abs=1e-14)
+
+
+def test_identity_1_one_lm_head_product():
+    """`(q + alpha_0 b) / alpha_tilde = W h_c` with `h_c = (d + alpha_0 h_b) / alpha_tilde`; the base normaliser is
+    constant over the vocabulary, so it cancels in `pi~ = softmax(W h_c)`, and
+    `v = alpha_tilde lse(W h_c) - alpha_0 lse(W h_b)`."""
+    d, h_b, weight = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0)).double().unbind()
+    alpha_0, alpha_tilde = 0.7, 1.3
+    q, b = d @ weight.T, h_b @ weight.T
+    scores = (q + alpha_0 * torch.log_softmax(b, -1)) / alpha_tilde  # as DESIGN.md defines pi~ and v
+    combined = ((d + alpha_0 * h_b) / alpha_tilde) @ weight.T
+
+    torch.testing.assert_close(combined.softmax(-1), scores.softmax(-1))
+    value = alpha_tilde * combined.logsumexp(-1) - alpha_0 * b.logsumexp(-1)
+    torch.testing.assert_close(value, alpha_tilde * scores.logsumexp(-1))
+    for backend in BACKENDS:
+        result = ops.soft_value(d, h_b, weight, alpha_0=alpha_0, alpha_tilde=alpha_tilde, backend=backend)
+        torch.testing.assert_close(result, value)
+
+
+@each_backend
+def test_identity_2_gradient_is_the_expected_embedding(backend: str):
+    """`dv/dd = softmax(W h_c) W = e`, whatever the upstream gradient: it only scales the rows of `e`."""
+    case = problem()
+    alpha_0, alpha_tilde = case.options["alpha_0"], case.options["alpha_tilde"]
+    policy = torch.softmax((case.hidden_q + alpha_0 * case.hidden_b) / alpha_tilde @ case.weight.T, dim=-1)
+    upstream = torch.linspace(-1.0, 2.0, len(policy), dtype=torch.float64)
+    torch.testing.assert_close(case.run(backend)[2], upstream[:, None] * (policy @ case.weight))
+
+
+@pytest.mark.parametrize(
+    ("train", "cached", "products"), [(True, False, 3), (True, True, 2), (False, False, 2), (False, True, 1)]
+)
+def test_identity_2_number_of_products(train: bool, cached: bool, products: int):
+    """Base LSE, combined scores, expected embedding: 3 products of size N*D*V, forward and backward together. `e` is
+    not formed in evaluation, `lse(b)` not where it is given."""
+    case = problem(rows=7, vocab=50, size=8)
+    lse = torch.logsumexp(case.hidden_b @ case.weight.T, dim=-1) if cached else None
+    hidden_q = case.hidden_q.requires_grad_(train)
+    with FlopCounterMode(display=False) as counter:
+        value = ops.soft_value(hidden_q, case.hidden_b, case.weight, **case.options, base_lse=lse, backend="torch")
+        if train:
+            value.sum().backward()
+    assert counter.get_total_flops() == products * 2 * 7 * 50 * 8
+
+
+def test_no_expected_embedding_under_no_grad():
+    case = problem(rows=7, vocab=50, size=8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ops.soft_value(case.hidden_q.requires_grad_(), case.hidden_b, case.weight, **case.options, backend="torch")
+    assert counter.get_total_flops() == 2 * 2 * 7 * 50 * 8
+
+
+@each_backend
+@pytest.mark.parametrize("return_base_lse", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+@head_options
+def test_gradcheck(head: str, cached: bool, return_base_lse: bool, backend: str):
+    case = problem(head, rows=4, vocab=19, size=3, base_lse=torch.randn(4).double() if cached else None)
+
+    def function(hidden_q: Tensor) -> Tensor:
+        result = ops.soft_value(
+            hidden_q, case.hidden_b, case.weight, **case.options, return_base_lse=return_base_lse, backend=backend
+        )
+        return result[0] if return_base_lse else result
+
+    assert torch.autograd.gradcheck(function, case.hidden_q.requires_grad_())
+
+
+@each_dtype
+@pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
+@head_options
+def test_accuracy_of_each_head(head: str, cached: bool, dtype: torch.dtype):
+    lse = torch.linspace(3.0, 5.0, 5).to(dtype).to(torch.float32) if cached else None
+    check_torch_backend(problem(head, dtype=dtype, base_lse=lse), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("alpha_tilde", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("alpha_0", [0.0, 0.01, 1.0, 5.0])
+@pytest.mark.parametrize("head", ["scaled", "softcap difference"])
+def test_accuracy_of_each_alpha(head: str, alpha_0: float, alpha_tilde: float, dtype: torch.dtype):
+    check_torch_backend(problem(head, dtype=dtype, alpha_0=alpha_0, alpha_tilde=alpha_tilde), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize(("rows", "vocab", "size"), [(1, 507, 123), (1, 1, 1), (3, 16, 8), (4, 17, 1), (7, 2, 33)])
+def test_accuracy_of_ragged_shapes(rows: int, vocab: int, size: int, dtype: torch.dtype):
+    check_torch_backend(problem("both biases", rows, vocab, size, dtype), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("part", [0.1, 0.01, 0.001])
+@head_options
+def test_accuracy_where_training_starts(head: str, part: float, dtype: torch.dtype):
+    """The residual is far smaller than the base state, so `v` is: no rounding of the base may drown it."""
+    case = problem(head, rows=5, vocab=507, size=123, dtype=dtype, alpha_0=1.0, alpha_tilde=1.0)
+    options = {**case.options, "bias_q": None}  # the bias cancels in a difference head
+    hidden_q = case.hidden_b * (1 + part) if options.get("difference") else case.hidden_q * part
+    check_torch_backend(dataclasses.replace(case, hidden_q=hidden_q, options=options), dtype)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("difference", [False, True])
+def test_untrained_difference_head_has_value_exactly_zero(difference: bool, dtype: torch.dtype, backend: str):
+    """d = 0 and alpha_0 = alpha_tilde: `v = alpha_tilde log sum pi = 0`."""
+    head = "softcap difference" if difference else "bias"
+    case = problem(head, vocab=507, size=123, dtype=dtype, alpha_0=1.0, alpha_tilde=1.0)
+    hidden_q = case.hidden_b if difference else torch.zeros_like(case.hidden_b)
+    options = case.options | {"bias_q": case.options["bias"] if difference else None}
+    value, _, gradient = dataclasses.replace(case, hidden_q=hidden_q, options=options).run(backend)
+    assert value.abs().max() <= 8 * torch.finfo(value.dtype).eps
+    assert gradient.isfinite().all()
+
+
+@each_dtype
+@pytest.mark.parametrize("alpha_tilde", [0.05, 1.0])
+def test_accuracy_with_planted_structure(alpha_tilde: float, dtype: torch.dtype):
+    """One token of the last tile takes nearly all of the probability; two share it; rows of W repeat."""
+    case = problem(rows=4, vocab=40, size=8, dtype=dtype, alpha_tilde=alpha_tilde)
+    weight = case.weight.clone()
+    weight[16:32] = weight[:16]  # the second tile is the first again
+    weight[35] = 4 * case.hidden_b[0]
+    weight[3] = weight[38] = 4 * case.hidden_b[1]
+    check_torch_backend(dataclasses.replace(case, weight=weight), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("alpha_tilde", [0.05, 1.0, 20.0])
+def test_extreme_logits(alpha_tilde: float, dtype: torch.dtype):
+    """Logits of 1e4, which no exponential survives and float16 still holds."""
+    case = problem(rows=4, vocab=40, size=8, dtype=dtype, alpha_0=1.0, alpha_tilde=alpha_tilde)
+    scale = 1e4 / (case.hidden_b.double() @ case.weight.double().T).abs().max().item()
+    check_torch_backend(dataclasses.replace(case, hidden_q=case.hidden_q * scale, hidden_b=case.hidden_b * scale), dtype)
+
+
+@each_dtype
+def test_large_embeddings_of_a_flat_policy(dtype: torch.dtype):
+    """A tile of 4096 equally likely tokens with embeddings of 20: `e` is 20, though their plain sum is not in fp16."""
+    weight, hidden = torch.full((4096, 2), 20.0, dtype=dtype), torch.zeros(1, 2, dtype=dtype)
+    importlib.import_module("fastqadapter.ops.soft_value").VOCAB_TILE = 4096  # undone by the fixture
+    check_torch_backend(Problem(hidden, hidden, weight, {"alpha_0": 1.0, "alpha_tilde": 1.0}), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("masked", [slice(5, 9), slice(0, 16), slice(16, 37), slice(0, 36)], ids=str)
+@pytest.mark.parametrize("head", ["bias", "both biases", "scaled"])
+def test_masked_vocabulary(head: str, masked: slice, dtype: torch.dtype):
+    """A bias of -inf takes tokens away, be it a whole tile or all but one token."""
+    case = problem(head, dtype=dtype)
+    for name in ("bias", "bias_q"):
+        if name in case.options:
+            case.options[name][masked] = -inf
+    assert case.run("torch")[0].isfinite().all()
+    check_torch_backend(case, dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("which", ["hidden_q", "hidden_b"])
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+@head_options
+def test_bad_row_gives_nan_there_and_nowhere_else(head: str, bad: float, which: str, cached: bool, backend: str):
+    case = problem(head, rows=6, dtype=torch.float32, base_lse=torch.full((6,), 4.0) if cached else None)
+    expected = case.run(backend)
+    getattr(case, which)[4, 2] = bad
+    value, lse, gradient = case.run(backend)
+    assert value[4].isnan()
+    if which == "hidden_q":
+        assert gradient[4].isnan().all()
+    others = [0, 1, 2, 3, 5]
+    for name, result, clean in zip(("v", "lse", "gradient"), (value, lse, gradient), expected, strict=True):
+        assert torch.equal(result[others], clean[others]), name
+
+
+@each_backend
+def test_state_that_sends_all_logits_to_minus_infinity_gives_no_finite_value(backend: str):
+    case = problem(dtype=torch.float32)
+    case.weight[:, 2] = -case.weight[:, 2].abs()
+    case.hidden_q[1, 2] = inf
+    assert not case.run(backend)[0][1].isfinite()
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+@head_options
+def test_bad_weight_never_passes_silently(head: str, bad: float, backend: str):
+    """A NaN in W spoils every row. An infinity may, by its sign, only take a token away; its gradient is NaN then."""
+    case = problem(head, dtype=torch.float32)
+    case.weight[20, 2] = bad
+    value, _, gradient = case.run(backend)
+    assert not (value.isfinite() & gradient.isfinite().all(dim=-1)).any()
+    if bad is nan:
+        assert value.isnan().all()
+
+
+@each_dtype
+@head_options
+def test_strided_inputs(head: str, dtype: torch.dtype):
+    """Transposed, strided and expanded storage gives the bits of contiguous storage, and its gradient too."""
+    case = problem(head, dtype=dtype)
+    case = dataclasses.replace(case, hidden_b=case.hidden_b[:1].repeat(5, 1))
+    strided = Problem(
+        hidden_q=torch.stack([case.hidden_q, case.hidden_q * nan], dim=-1).flatten(1)[:, ::2],
+        hidden_b=case.hidden_b[:1].expand(5, -1),
+        weight=case.weight.T.contiguous().T,
+        options={k: x.repeat_interleave(2)[::2] if isinstance(x, Tensor) else x for k, x in case.options.items()},
+    )
+    assert not strided.hidden_q.is_contiguous() and not strided.weight.is_contiguous()
+    truth = case.to(torch.float64).run("eager")
+    for name, *three in zip(("v", "lse", "dv/dd"), strided.run("torch"), case.run("eager"), truth, strict=True):
+        assert_close_to_truth(*three, name=name, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@head_options
+def test_fp32_states_on_a_16_bit_head(head: str, dtype: torch.dtype):
+    case = problem(head, vocab=507, size=123, dtype=torch.float32)
+    case = dataclasses.replace(case, weight=case.weight.to(dtype))
+    assert case.run("torch")[0].dtype == torch.float32
+    check_torch_backend(case, dtype)
+
+
+@each_backend
+@each_dtype
+def test_result_dtypes(dtype: torch.dtype, backend: str):
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    for bias_dtype in DTYPES:
+        case = problem("both biases", dtype=dtype)
+        options = {k: x.to(bias_dtype) if isinstance(x, Tensor) else x for k, x in case.options.items()}
+        value, lse, gradient = dataclasses.replace(case, options=options).run(backend)
+        assert (value.dtype, lse.dtype, gradient.dtype) == (accumulation, accumulation, dtype), bias_dtype
+
+
+@each_backend
+@each_dtype
+@head_options
+def test_no_rows(head: str, dtype: torch.dtype, backend: str):
+    case = problem(head, rows=0, dtype=dtype)
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    value, lse, gradient = case.run(backend)
+    assert value.shape == lse.shape == (0,) and gradient.shape == (0, 6)
+    assert value.dtype == lse.dtype == accumulation
+
+
+@each_backend
+@head_options
+def test_same_call_twice_gives_the_same_bits_and_leaves_the_arguments(head: str, backend: str):
+    case = problem(head, dtype=torch.float32, base_lse=torch.linspace(3.0, 5.0, 5))
+    before = case.to(torch.float64)
+    first, second = case.run(backend), case.run(backend)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    after = case.to(torch.float64)
+    for name in ("hidden_q", "hidden_b", "weight"):
+        assert torch.equal(getattr(after, name), getattr(before, name)), name
+    for name, option in before.options.items():
+        assert not isinstance(option, Tensor) or torch.equal(after.options[name], option), name
+
+
+@each_backend
+@each_dtype
+@head_options
+def test_backward_twice_gives_the_same_gradient(head: str, dtype: torch.dtype, backend: str):
+    case = problem(head, dtype=dtype)
+    hidden_q = case.hidden_q.requires_grad_()
+    value = ops.soft_value(hidden_q, case.hidden_b, case.weight, **case.options, backend=backend)
+    first, second = (torch.autograd.grad(value.sum(), hidden_q, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@each_backend
+def test_second_derivative_is_right_or_refused(backend: str):
+    case = problem()
+    hidden_q = case.hidden_q.requires_grad_()
+    value = ops.soft_value(hidden_q, case.hidden_b, case.weight, **case.options, backend=backend)
+    (gradient,) = torch.autograd.grad(value.sum(), hidden_q, create_graph=True)
+    penalty = value.sum() + gradient.square().sum()  # a gradient penalty: silently without its second term else
+    try:
+        (result,) = torch.autograd.grad(penalty, hidden_q)
+    except RuntimeError:
+        return
+    hidden_q = case.hidden_q.detach().requires_grad_()
+    value = ops.soft_value(hidden_q, case.hidden_b, case.weight, **case.options, backend="eager")
+    (gradient,) = torch.autograd.grad(value.sum(), hidden_q, create_graph=True)
+    (expected,) = torch.autograd.grad(value.sum() + gradient.square().sum(), hidden_q)
+    torch.testing.assert_close(result, expected)
+
+
+@head_options
+def test_uninitialised_memory_is_never_read(head: str, poisoned_memory: None):
+    check_torch_backend(problem(head), torch.float64)
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Records the size of the largest storage that an operator returns, beside those of `known` tensors."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@each_dtype
+@head_options
+def test_nothing_of_the_size_of_the_logits_or_of_the_weight_is_allocated(head: str, dtype: torch.dtype):
+    """N*V and V*D are 20 times and 64 times what a block of rows, a tile of scores and the result need."""
+    rows, vocab, size = 40, 2048, 20
+    case = problem(head, rows, vocab, size, dtype)
+    with LargestAllocation(case.hidden_q, case.hidden_b, case.weight) as seen:
+        case.run("torch")
+    assert seen.nbytes <= max(rows * size, vocab) * 8
+    with LargestAllocation(case.weight) as seen:  # and the measure itself works
+        case.run("eager")
+    assert seen.nbytes >= rows * vocab * 4
+
+
+@each_backend
+@pytest.mark.parametrize("cached", [False, True])
+@head_options
+def test_no_device_sync(head: str, cached: bool, backend: str):
+    """A meta tensor has no data: whatever would wait for the device to read a number fails on it."""
+    case = problem(head, base_lse=torch.zeros(5) if cached else None)
+    options = {k: x.to("meta") if isinstance(x, Tensor) else x for k, x in case.options.items()}
+    meta = Problem(case.hidden_q.to("meta"), case.hidden_b.to("meta"), case.weight.to("meta"), options)
+    value, _, gradient = meta.run(backend)
+    assert value.shape == (5,) and gradient.shape == (5, 6)
+
+
+# argument, its illegal value, what the message must name
+ERRORS: list[tuple[str, Any, str]] = [
+    ("alpha_tilde", 0.0, r"alpha_tilde=0\.0 .* \(0, inf\)"),
+    ("alpha_tilde", -1.0, r"alpha_tilde=-1\.0 .* \(0, inf\)"),
+    ("alpha_tilde", nan, r"alpha_tilde=nan .* \(0, inf\)"),
+    ("alpha_tilde", inf, r"alpha_tilde=inf .* \(0, inf\)"),
+    ("alpha_0", -0.1, r"alpha_0=-0\.1 .* \[0, inf\)"),
+    ("alpha_0", nan, r"alpha_0=nan .* \[0, inf\)"),
+    ("alpha_0", inf, r"alpha_0=inf .* \[0, inf\)"),
+    ("softcap", 0.0, r"softcap=0\.0 .* \(0, inf\)"),
+    ("softcap", -3.0, r"softcap=-3\.0 .* \(0, inf\)"),
+    ("softcap", nan, r"softcap=nan .* \(0, inf\)"),
+    ("softcap", inf, r"softcap=inf .* \(0, inf\)"),
+    ("logit_scale", nan, "logit_scale=nan is not a finite number"),
+    ("logit_scale", -inf, "logit_scale=-inf is not a finite number"),
+    ("difference", True, "difference=True .* softcap"),
+    ("weight", torch.zeros(37, 6, requires_grad=True), r"weight\.requires_grad=True.*requires_grad_\(False\)"),
+    ("weight", torch.zeros(37), r"weight has shape \(37,\); expected \(V, D\)"),
+    ("weight", torch.zeros(0, 6), r"weight has shape \(0, 6\); expected .* V >= 1"),
+    ("weight", torch.zeros(37, 6, dtype=torch.int64), r"weight has dtype torch\.int64; expected .*bfloat16"),
+    ("weight", torch.zeros(37, 6, device="meta"), "hidden_q is on cpu, weight on meta"),
+    ("hidden_q", torch.zeros(5, 7), r"hidden_q has shape \(5, 7\); expected \(N, D\) with D = 6"),
+    ("hidden_q", torch.zeros(1, 5, 6), r"hidden_q has shape \(1, 5, 6\); expected \(N, D\)"),
+    ("hidden_q", torch.zeros(5, 6, dtype=torch.bfloat16), r"hidden_q has dtype torch\.bfloat16; expected .*float32"),
+    ("hidden_q", torch.zeros(5, 6, dtype=torch.int64), r"hidden_q has dtype torch\.int64"),
+    ("hidden_q", torch.zeros(5, 6, device="meta"), "hidden_q is on meta, weight on cpu"),
+    ("hidden_b", torch.zeros(5, 5), r"hidden_b has shape \(5, 5\); expected \(N, D\) with D = 6"),
+    ("hidden_b", torch.zeros(4, 6), "hidden_b has 4 rows, hidden_q 5"),
+    ("hidden_b", torch.zeros(5, 6, dtype=torch.float64), r"hidden_b has dtype torch\.float64"),
+    ("hidden_b", torch.zeros(5, 6, device="meta"), "hidden_b is on meta, weight on cpu"),
+    ("hidden_b", torch.zeros(5, 6, requires_grad=True), r"hidden_b\.requires_grad=True.*hidden_b\.detach\(\)"),
+    ("bias", torch.zeros(36), r"bias has shape \(36,\); expected \(V,\) = \(37,\)"),
+    ("bias", torch.zeros(37, 1), r"bias has shape \(37, 1\); expected \(V,\)"),
+    ("bias", torch.zeros(37, dtype=torch.int64), r"bias has dtype torch\.int64"),
+    ("bias", torch.zeros(37, device="meta"), "bias is on meta, weight on cpu"),
+    ("bias", torch.zeros(37, requires_grad=True), r"bias\.requires_grad=True"),
+    ("bias_q", torch.zeros(38), r"bias_q has shape \(38,\); expected \(V,\) = \(37,\)"),
+    ("bias_q", torch.zeros(37, requires_grad=True), r"bias_q\.requires_grad=True"),
+    ("base_lse", torch.zeros(4), r"base_lse has shape \(4,\); expected \(N,\) = \(5,\)"),
+    ("base_lse", torch.zeros(5, device="meta"), "base_lse is on meta, weight on cpu"),
+    ("base_lse", torch.zeros(5, requires_grad=True), r"base_lse\.requires_grad=True"),
+    ("backend", "cuda", "backend='cuda' is not one of 'auto', .*'eager'"),
+    ("backend", "triton", "backend='triton' cannot serve soft_value: "),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "message"), ERRORS)
+@pytest.mark.parametrize("rows", ["some", "none"])
+def test_illegal_argument_is_named(argument: str, value: Any, message: str, rows: str):
+    case = problem(dtype=torch.float32)
+    if rows == "none":
+        if argument in ("hidden_q", "hidden_b", "base_lse"):
+            pytest.skip("its rows are part of the case")
+        case = dataclasses.replace(case, hidden_q=case.hidden_q[:0], hidden_b=case.hidden_b[:0])
+    arguments: dict[str, Any] = {"hidden_q": case.hidden_q, "hidden_b": case.hidden_b, "weight": case.weight}
+    with pytest.raises(ValueError, match=message) as caught:
+        ops.soft_value(**{**arguments, **case.options, argument: value})
+    assert "\n" not in str(caught.value)
