@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from math import atanh, inf, log, nan
 from typing import Any
@@ -24,13 +25,11 @@ LOG2, LOG3 = log(2), log(3)
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": True},
-    "both biases": {"bias": True, "bias_q": True},
-    "scaled": {"bias": True, "bias_q": True, "logit_scale": 0.25},
-    "negative scale": {"bias_q": True, "logit_scale": -1.5},
+    "scale and biases": {"bias": True, "bias_q": True, "logit_scale": -0.4},
     "softcap": {"softcap": 3.0},
-    "softcap scaled": {"softcap": 3.0, "bias": True, "bias_q": True, "logit_scale": 0.25},
-    "softcap difference": {"softcap": 3.0, "bias": True, "bias_q": True, "difference": True},
+    "softcap of all": {"softcap": 3.0, "bias": True, "bias_q": True, "logit_scale": -0.4, "difference": True},
 }
+float64 = functools.partial(torch.tensor, dtype=torch.float64)
 head_options = pytest.mark.parametrize("head", HEADS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -61,7 +60,12 @@ class Problem:
 
 
 def problem(
-    head: str = "plain", rows: int = 5, vocab: int = 37, size: int = 6, dtype: torch.dtype = torch.float64, **options: Any
+    head: str = "plain",
+    rows: int = 5,
+    vocab: int = 37,
+    size: int = 6,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
 ) -> Problem:
     """Random arguments, rounded to `dtype`; logits have a standard deviation of about 2."""
     generator = torch.Generator().manual_seed(rows + vocab + size)
@@ -116,10 +120,10 @@ BY_HAND = {
 def test_value_by_hand(case: str, backend: str):
     """The derivations stand beside the numbers, above."""
     expected, changes = BY_HAND[case]
-    d, h_b = torch.tensor([[LOG2, 0.0]]).double(), torch.tensor([[0.0, LOG3]]).double()
-    options = {k: torch.tensor(v).double() if isinstance(v, tuple) else v for k, v in changes.items()}
+    options = {k: float64(v) if isinstance(v, tuple) else v for k, v in changes.items()}
     options = {"alpha_0": 1.0, "alpha_tilde": 1.0, **options}
-    value = ops.soft_value(d, h_b, torch.eye(2).double(), **options, backend=backend)
+    d, h_b, weight = float64([[LOG2, 0.0]]), float64([[0.0, LOG3]]), float64([[1.0, 0.0], [0.0, 1.0]])
+    value = ops.soft_value(d, h_b, weight, **options, backend=backend)
     assert value.item() == pytest.approx(expected, abs=1e-14)
 
 
@@ -131,12 +135,12 @@ def test_softcapped_value_by_hand(difference: bool, h_q: tuple[float, float], ba
     v = log(2 * 1/4 + 3/4) as without cap."""
 
     def before_cap(*logits: float) -> Tensor:
-        return torch.tensor([[2.0 * atanh(x / 2.0) for x in logits]]).double()
+        return float64([[2.0 * atanh(x / 2.0) for x in logits]])
 
     value = ops.soft_value(
         before_cap(*h_q),
         before_cap(0.0, LOG3),
-        torch.eye(2).double(),
+        float64([[1.0, 0.0], [0.0, 1.0]]),
         alpha_0=1.0,
         alpha_tilde=1.0,
         softcap=2.0,
@@ -202,15 +206,10 @@ def test_no_expected_embedding_under_no_grad():
 @pytest.mark.parametrize("cached", [False, True])
 @head_options
 def test_gradcheck(head: str, cached: bool, return_base_lse: bool, backend: str):
-    case = problem(head, rows=4, vocab=19, size=3, base_lse=torch.randn(4).double() if cached else None)
-
-    def function(hidden_q: Tensor) -> Tensor:
-        result = ops.soft_value(
-            hidden_q, case.hidden_b, case.weight, **case.options, return_base_lse=return_base_lse, backend=backend
-        )
-        return result[0] if return_base_lse else result
-
-    assert torch.autograd.gradcheck(function, case.hidden_q.requires_grad_())
+    case = problem(head, rows=4, vocab=19, size=3, base_lse=float64([3.0, 2.0, 1.0, 4.0]) if cached else None)
+    options = case.options | {"return_base_lse": return_base_lse, "backend": backend}
+    hidden_q = case.hidden_q.requires_grad_()
+    assert torch.autograd.gradcheck(lambda d: ops.soft_value(d, case.hidden_b, case.weight, **options), hidden_q)
 
 
 @each_dtype
@@ -224,7 +223,7 @@ def test_accuracy_of_each_head(head: str, cached: bool, dtype: torch.dtype):
 @each_dtype
 @pytest.mark.parametrize("alpha_tilde", [0.05, 1.0, 20.0])
 @pytest.mark.parametrize("alpha_0", [0.0, 0.01, 1.0, 5.0])
-@pytest.mark.parametrize("head", ["scaled", "softcap difference"])
+@pytest.mark.parametrize("head", ["scale and biases", "softcap of all"])
 def test_accuracy_of_each_alpha(head: str, alpha_0: float, alpha_tilde: float, dtype: torch.dtype):
     check_torch_backend(problem(head, dtype=dtype, alpha_0=alpha_0, alpha_tilde=alpha_tilde), dtype)
 
@@ -232,14 +231,14 @@ def test_accuracy_of_each_alpha(head: str, alpha_0: float, alpha_tilde: float, d
 @each_dtype
 @pytest.mark.parametrize(("rows", "vocab", "size"), [(1, 507, 123), (1, 1, 1), (3, 16, 8), (4, 17, 1), (7, 2, 33)])
 def test_accuracy_of_ragged_shapes(rows: int, vocab: int, size: int, dtype: torch.dtype):
-    check_torch_backend(problem("both biases", rows, vocab, size, dtype), dtype)
+    check_torch_backend(problem("scale and biases", rows, vocab, size, dtype), dtype)
 
 
-@each_dtype
-@pytest.mark.parametrize("part", [0.1, 0.01, 0.001])
-@head_options
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("part", [0.1, 0.01])
+@pytest.mark.parametrize("head", ["plain", "bias", "softcap of all"])
 def test_accuracy_where_training_starts(head: str, part: float, dtype: torch.dtype):
-    """The residual is far smaller than the base state, so `v` is: no rounding of the base may drown it."""
+    """The residual is far smaller than the base state, and so is `v`: no rounding of the base logits may drown it."""
     case = problem(head, rows=5, vocab=507, size=123, dtype=dtype, alpha_0=1.0, alpha_tilde=1.0)
     options = {**case.options, "bias_q": None}  # the bias cancels in a difference head
     hidden_q = case.hidden_b * (1 + part) if options.get("difference") else case.hidden_q * part
@@ -251,7 +250,7 @@ def test_accuracy_where_training_starts(head: str, part: float, dtype: torch.dty
 @pytest.mark.parametrize("difference", [False, True])
 def test_untrained_difference_head_has_value_exactly_zero(difference: bool, dtype: torch.dtype, backend: str):
     """d = 0 and alpha_0 = alpha_tilde: `v = alpha_tilde log sum pi = 0`."""
-    head = "softcap difference" if difference else "bias"
+    head = "softcap of all" if difference else "bias"
     case = problem(head, vocab=507, size=123, dtype=dtype, alpha_0=1.0, alpha_tilde=1.0)
     hidden_q = case.hidden_b if difference else torch.zeros_like(case.hidden_b)
     options = case.options | {"bias_q": case.options["bias"] if difference else None}
@@ -291,13 +290,12 @@ def test_large_embeddings_of_a_flat_policy(dtype: torch.dtype):
 
 @each_dtype
 @pytest.mark.parametrize("masked", [slice(5, 9), slice(0, 16), slice(16, 37), slice(0, 36)], ids=str)
-@pytest.mark.parametrize("head", ["bias", "both biases", "scaled"])
-def test_masked_vocabulary(head: str, masked: slice, dtype: torch.dtype):
+@pytest.mark.parametrize("logits_head", [False, True])
+def test_masked_vocabulary(logits_head: bool, masked: slice, dtype: torch.dtype):
     """A bias of -inf takes tokens away, be it a whole tile or all but one token."""
-    case = problem(head, dtype=dtype)
-    for name in ("bias", "bias_q"):
-        if name in case.options:
-            case.options[name][masked] = -inf
+    case = problem(dtype=dtype, bias=True, bias_q=True if logits_head else None, logit_scale=0.4)
+    for name in ("bias", "bias_q") if logits_head else ("bias",):
+        case.options[name][masked] = -inf
     assert case.run("torch")[0].isfinite().all()
     check_torch_backend(case, dtype)
 
@@ -305,46 +303,43 @@ def test_masked_vocabulary(head: str, masked: slice, dtype: torch.dtype):
 @each_backend
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("which", ["hidden_q", "hidden_b"])
-@pytest.mark.parametrize("bad", [nan, inf, -inf])
 @head_options
-def test_bad_row_gives_nan_there_and_nowhere_else(head: str, bad: float, which: str, cached: bool, backend: str):
-    case = problem(head, rows=6, dtype=torch.float32, base_lse=torch.full((6,), 4.0) if cached else None)
-    expected = case.run(backend)
-    getattr(case, which)[4, 2] = bad
-    value, lse, gradient = case.run(backend)
-    assert value[4].isnan()
-    if which == "hidden_q":
-        assert gradient[4].isnan().all()
+def test_bad_row_spoils_itself_and_no_other(head: str, which: str, cached: bool, backend: str):
     others = [0, 1, 2, 3, 5]
-    for name, result, clean in zip(("v", "lse", "gradient"), (value, lse, gradient), expected, strict=True):
-        assert torch.equal(result[others], clean[others]), name
+    for bad in (nan, inf, -inf):
+        case = problem(head, rows=6, dtype=torch.float32, base_lse=torch.full((6,), 4.0) if cached else None)
+        expected = case.run(backend)
+        getattr(case, which)[4, 2] = bad
+        value, lse, gradient = case.run(backend)
+        assert not value[4].isfinite(), bad
+        for name, result, clean in zip(("v", "lse", "gradient"), (value, lse, gradient), expected, strict=True):
+            assert torch.equal(result[others], clean[others]), (bad, name)
 
 
-@each_backend
-def test_state_that_sends_all_logits_to_minus_infinity_gives_no_finite_value(backend: str):
+def test_infinite_logits_of_one_sign_give_no_finite_value():
     case = problem(dtype=torch.float32)
-    case.weight[:, 2] = -case.weight[:, 2].abs()
+    case.weight[:, 2] = -case.weight[:, 2].abs()  # all logits of the row below are -inf
     case.hidden_q[1, 2] = inf
-    assert not case.run(backend)[0][1].isfinite()
+    for backend in BACKENDS:
+        assert not case.run(backend)[0][1].isfinite()
 
 
 @each_backend
-@pytest.mark.parametrize("bad", [nan, inf, -inf])
 @head_options
-def test_bad_weight_never_passes_silently(head: str, bad: float, backend: str):
+def test_bad_weight_never_passes_silently(head: str, backend: str):
     """A NaN in W spoils every row. An infinity may, by its sign, only take a token away; its gradient is NaN then."""
-    case = problem(head, dtype=torch.float32)
-    case.weight[20, 2] = bad
-    value, _, gradient = case.run(backend)
-    assert not (value.isfinite() & gradient.isfinite().all(dim=-1)).any()
-    if bad is nan:
-        assert value.isnan().all()
+    for bad in (nan, inf, -inf):
+        case = problem(head, dtype=torch.float32)
+        case.weight[20, 2] = bad
+        value, _, gradient = case.run(backend)
+        assert not (value.isfinite() & gradient.isfinite().all(dim=-1)).any()
+        assert value.isnan().all() or bad is not nan
 
 
 @each_dtype
 @head_options
 def test_strided_inputs(head: str, dtype: torch.dtype):
-    """Transposed, strided and expanded storage gives the bits of contiguous storage, and its gradient too."""
+    """Every other column of a matrix of NaN, one row expanded, a transposed head."""
     case = problem(head, dtype=dtype)
     case = dataclasses.replace(case, hidden_b=case.hidden_b[:1].repeat(5, 1))
     strided = Problem(
@@ -381,7 +376,7 @@ def test_result_dtypes(dtype: torch.dtype, backend: str):
 
 @each_backend
 @each_dtype
-@head_options
+@pytest.mark.parametrize("head", ["bias", "softcap of all"])
 def test_no_rows(head: str, dtype: torch.dtype, backend: str):
     case = problem(head, rows=0, dtype=dtype)
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
@@ -405,10 +400,9 @@ def test_same_call_twice_gives_the_same_bits_and_leaves_the_arguments(head: str,
 
 
 @each_backend
-@each_dtype
 @head_options
-def test_backward_twice_gives_the_same_gradient(head: str, dtype: torch.dtype, backend: str):
-    case = problem(head, dtype=dtype)
+def test_backward_twice_gives_the_same_gradient(head: str, backend: str):
+    case = problem(head, dtype=torch.bfloat16)
     hidden_q = case.hidden_q.requires_grad_()
     value = ops.soft_value(hidden_q, case.hidden_b, case.weight, **case.options, backend=backend)
     first, second = (torch.autograd.grad(value.sum(), hidden_q, retain_graph=True)[0] for _ in range(2))
@@ -454,18 +448,18 @@ class LargestAllocation(TorchDispatchMode):
         return result
 
 
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @head_options
 def test_nothing_of_the_size_of_the_logits_or_of_the_weight_is_allocated(head: str, dtype: torch.dtype):
-    """N*V and V*D are 20 times and 64 times what a block of rows, a tile of scores and the result need."""
-    rows, vocab, size = 40, 2048, 20
+    """N*V and V*D are more than 10 times the largest of (N, D), (V,) and a tile of scores."""
+    rows, vocab, size = 12, 400, 16
     case = problem(head, rows, vocab, size, dtype)
-    with LargestAllocation(case.hidden_q, case.hidden_b, case.weight) as seen:
+    with LargestAllocation(case.weight) as seen:
         case.run("torch")
-    assert seen.nbytes <= max(rows * size, vocab) * 8
-    with LargestAllocation(case.weight) as seen:  # and the measure itself works
+    assert seen.nbytes <= 4 * max(rows * size, vocab, 2 * 3 * 16)
+    with LargestAllocation(case.weight) as seen:  # the measure itself works
         case.run("eager")
-    assert seen.nbytes >= rows * vocab * 4
+    assert seen.nbytes >= 4 * rows * vocab
 
 
 @each_backend
@@ -527,14 +521,17 @@ ERRORS: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("argument", "value", "message"), ERRORS)
-@pytest.mark.parametrize("rows", ["some", "none"])
-def test_illegal_argument_is_named(argument: str, value: Any, message: str, rows: str):
+def test_illegal_argument_is_named(argument: str, value: Any, message: str):
     case = problem(dtype=torch.float32)
-    if rows == "none":
-        if argument in ("hidden_q", "hidden_b", "base_lse"):
-            pytest.skip("its rows are part of the case")
-        case = dataclasses.replace(case, hidden_q=case.hidden_q[:0], hidden_b=case.hidden_b[:0])
-    arguments: dict[str, Any] = {"hidden_q": case.hidden_q, "hidden_b": case.hidden_b, "weight": case.weight}
+    arguments = {"hidden_q": case.hidden_q, "hidden_b": case.hidden_b, "weight": case.weight, **case.options}
     with pytest.raises(ValueError, match=message) as caught:
-        ops.soft_value(**{**arguments, **case.options, argument: value})
+        ops.soft_value(**{**arguments, argument: value})
     assert "\n" not in str(caught.value)
+
+
+def test_no_rows_excuse_no_illegal_number():
+    empty, weight = torch.zeros(0, 6), torch.zeros(37, 6)
+    with pytest.raises(ValueError, match="alpha_tilde=0"):
+        ops.soft_value(empty, empty, weight, alpha_0=1.0, alpha_tilde=0)
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        ops.soft_value(empty, empty, weight, alpha_0=1.0, alpha_tilde=1.0, backend="cuda")

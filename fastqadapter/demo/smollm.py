@@ -165,7 +165,6 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
 
-    model.config.name_or_path = MODEL_NAME
     token_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model.generation_config = transformers.GenerationConfig(**token_ids)
     tokenizer.model_max_length = model.config.max_position_embeddings  # the GGUF reader leaves it at 1e30

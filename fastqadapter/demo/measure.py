@@ -1,0 +1,77 @@
+"""What the demo measures on a trained adapter: the KL from the base policy, and how it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from fastqadapter.models import QAdapterModel
+from fastqadapter.models.base import lm_head_of
+from fastqadapter.models.policy import Dials, combined_logits
+from fastqadapter.packing import PackedPairs, pack
+
+BASE: dict[str, float] = {"default": 0.0}
+
+
+def answers(
+    model: QAdapterModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    strength: float,
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    batch_size: int = 12,
+    description: str | None = None,
+) -> list[list[int]]:
+    """Token ids of the answer to each prompt, at one strength of the adapter (0 is the base policy), with the final
+    EOS where there is one."""
+    result: list[list[int]] = []
+    for start in tqdm(range(0, len(prompts), batch_size), desc=description, disable=None, leave=False):
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
+        inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True, padding_side="left"
+        ).to(model.device)
+        output = model.generate(
+            **inputs,
+            adapters={"default": strength},
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            top_k=0,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+            result.append(row[:end])
+    return result
+
+
+def pack_answers(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], ids: Sequence[list[int]]) -> PackedPairs:
+    """Prompts with one answer each, packed."""
+    groups = []
+    for prompt, answer in zip(prompts, ids, strict=True):
+        chat = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        groups.append((encoded["input_ids"], [answer]))
+    return pack(groups)
+
+
+@torch.no_grad()
+def kl_from_base(model: QAdapterModel, batch: PackedPairs, strength: float = 1.0) -> float:
+    """Mean over the states of `batch` of `KL(pi || pi~)` in nats per token, `pi~` at the config's dials."""
+    config = model.qadapter_config
+    hidden_q, hidden_b = model.hidden_states(batch.to(model.device))
+    head = lm_head_of(model.get_base_model())
+    dials = Dials(config.alpha_0, config.alpha_tilde, {"default": strength}, config.q_head or "difference")
+    base_dials = Dials(1.0, 1.0, {}, "difference")
+    total = 0.0
+    for rows in torch.arange(hidden_b.shape[0], device=hidden_b.device).split(256):
+        base = combined_logits(hidden_b[rows], {}, head, base_dials).float()
+        customised = combined_logits(hidden_b[rows], {"default": hidden_q[rows]}, head, dials).float()
+        log_pi, log_policy = F.log_softmax(base, dim=-1), F.log_softmax(customised, dim=-1)
+        total += (log_pi.exp() * (log_pi - log_policy)).sum().item()
+    return total / hidden_b.shape[0]
