@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -47,7 +47,7 @@ class QAdapterTrainingArguments(TrainingArguments):
     max_length: int | None = dataclasses.field(
         default=1024, metadata={"help": "most tokens of prompt + response; longer responses are cut at the end"}
     )
-    on_bad_row: str = dataclasses.field(
+    on_bad_row: Literal["raise", "skip"] = dataclasses.field(
         default="raise", metadata={"help": "'raise' at a malformed row, or 'skip' and count it"}
     )
     disable_dropout: bool = dataclasses.field(
@@ -145,13 +145,17 @@ class QAdapterTrainer(Trainer):
             data_collator = PreferenceCollator(
                 processing_class, args.max_length, pad_action=_pad_action(model.qadapter_config, processing_class)
             )
-        several = isinstance(eval_dataset, Mapping)
+        eval_rows: Any
+        if isinstance(eval_dataset, Mapping):
+            eval_rows = {name: tokenized(rows) for name, rows in eval_dataset.items()}
+        else:
+            eval_rows = tokenized(eval_dataset)
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
             train_dataset=tokenized(train_dataset),
-            eval_dataset={k: tokenized(v) for k, v in eval_dataset.items()} if several else tokenized(eval_dataset),
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -174,7 +178,7 @@ class QAdapterTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: PackedPairs,  # type: ignore[override]
+        inputs: PackedPairs,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -192,11 +196,11 @@ class QAdapterTrainer(Trainer):
     def training_step(
         self,
         model: nn.Module,
-        inputs: PackedPairs,  # type: ignore[override]
+        inputs: PackedPairs,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """One forward and backward; stops before the optimizer can step on a loss that is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
+        loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             checkpoint = get_last_checkpoint(self.args.output_dir) if self.args.output_dir else None
             raise NonFiniteLossError(
@@ -208,12 +212,12 @@ class QAdapterTrainer(Trainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: PackedPairs,  # type: ignore[override]
+        inputs: PackedPairs,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, None, None]:
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))  # type: ignore[arg-type]
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

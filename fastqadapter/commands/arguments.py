@@ -42,7 +42,9 @@ class OneLineHfParser(HfArgumentParser):
         found, rest = finder.parse_known_args(argv)
         if found.config is not None:
             rest = _yaml_arguments(found.config) + rest
-        *parsed, unknown = self.parse_args_into_dataclasses(rest, look_for_args_file=False, return_remaining_strings=True)
+        *parsed, unknown = self.parse_args_into_dataclasses(
+            rest, look_for_args_file=False, return_remaining_strings=True
+        )
         if unknown:
             raise ArgumentError(f"unknown arguments {' '.join(unknown)} (--help lists the options)")
         return tuple(parsed)

@@ -32,7 +32,8 @@ class GenerateArguments:
     )
     prompt: str | None = dataclasses.field(default=None, metadata={"help": "one prompt; default: stdin, or a chat"})
     prompts_file: str | None = dataclasses.field(
-        default=None, metadata={"help": "prompts, one a line; in a .jsonl file objects with `prompt` (text or messages)"}
+        default=None,
+        metadata={"help": "prompts, one a line; in a .jsonl file objects with `prompt` (text or messages)"},
     )
     output_file: str | None = dataclasses.field(
         default=None,

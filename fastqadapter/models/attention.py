@@ -96,6 +96,7 @@ def q_segments(batch: PackedPairs, kv_mode: KVMode) -> list[Segment]:
         last_prompt = slice(group.first_state, group.first_state + 1)
         for index, (branch, states) in enumerate(zip(group.branches, group.branch_states, strict=True)):
             queries = slice(group.first_state, states.stop) if index == 0 else states
+            keys: tuple[slice, ...]
             if kv_mode == "shared":
                 keys = (group.prompt, branch)
             else:

@@ -144,8 +144,8 @@ def check_targets(model: PreTrainedModel, kv_mode: KVMode) -> None:
             )
         if kv_mode == "shared" and name.rpartition(".")[2] in KV_MODULES:
             raise ValueError(
-                f"adapter on {name!r}: with kv_mode='shared' the Q stream reads the base model's keys and values, so an "
-                "adapter on k or v has no effect; target q, o and MLP layers, or use kv_mode='separate' or 'prompt'"
+                f"adapter on {name!r}: with kv_mode='shared' the Q stream reads the base model's keys and values, so "
+                "an adapter on k or v has no effect; target q, o and MLP layers, or use kv_mode='separate' or 'prompt'"
             )
         for attribute in module.adapter_layer_names:
             adapted |= {id(parameter) for parameter in getattr(module, attribute).parameters()}

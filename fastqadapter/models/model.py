@@ -184,7 +184,7 @@ class QAdapterModel(PeftModelForCausalLM):
         super().delete_adapter(adapter_name)
         self.qadapter_configs.pop(adapter_name, None)
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> None:
         """PEFT's `save_pretrained`, with the sidecar `qadapter_config.json` beside each adapter's files."""
@@ -198,7 +198,7 @@ class QAdapterModel(PeftModelForCausalLM):
             write_sidecar(folder, self.qadapter_configs[name], self.base_identity)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         model: PreTrainedModel | str,
         model_id: str | os.PathLike[str],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ class Policy:
 
 
 @functools.cache
-def _policy_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _policy_class(cls: Hashable) -> Any:
     """Subclass of a causal LM whose forward is that of the policy in `self._fqa_policy`; all else is inherited."""
 
     @functools.wraps(cls.forward)  # generate() reads the signature
@@ -247,7 +247,7 @@ def customised(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedMod
     """`model` as the customised policy inside the context: its class is a subclass of its own, no module is copied."""
     cls = type(model)
     model.__class__ = _policy_class(cls)
-    model._fqa_policy = policy  # type: ignore[assignment]
+    model._fqa_policy = policy
     try:
         yield model
     finally:
