@@ -184,9 +184,7 @@ class QAdapterModel(PeftModelForCausalLM):
         super().delete_adapter(adapter_name)
         self.qadapter_configs.pop(adapter_name, None)
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """PEFT's `save_pretrained`, with the sidecar `qadapter_config.json` beside each adapter's files."""
         if kwargs.get("safe_serialization") is False or (args and args[0] is False):
             raise ValueError("safe_serialization=False would write a pickle; adapters are saved as safetensors only")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ class Policy:
 
 
 @functools.cache
-def _policy_class(cls: Hashable) -> Any:
+def _policy_class(cls: Any) -> Any:
     """Subclass of a causal LM whose forward is that of the policy in `self._fqa_policy`; all else is inherited."""
 
     @functools.wraps(cls.forward)  # generate() reads the signature
