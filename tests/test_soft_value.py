@@ -368,7 +368,7 @@ def test_fp32_states_on_a_16_bit_head(head: str, dtype: torch.dtype):
 def test_result_dtypes(dtype: torch.dtype, backend: str):
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     for bias_dtype in DTYPES:
-        case = problem("both biases", dtype=dtype)
+        case = problem("scale and biases", dtype=dtype)
         options = {k: x.to(bias_dtype) if isinstance(x, Tensor) else x for k, x in case.options.items()}
         value, lse, gradient = dataclasses.replace(case, options=options).run(backend)
         assert (value.dtype, lse.dtype, gradient.dtype) == (accumulation, accumulation, dtype), bias_dtype

@@ -245,7 +245,7 @@ def _policy_class(cls: Any) -> Any:
 @contextlib.contextmanager
 def customised(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedModel]:
     """`model` as the customised policy inside the context: its class is a subclass of its own, no module is copied."""
-    cls = type(model)
+    cls: Any = type(model)
     model.__class__ = _policy_class(cls)
     model._fqa_policy = policy
     try:
