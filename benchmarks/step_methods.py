@@ -132,9 +132,7 @@ def untrained_disagrees(folder: str, dtype: torch.dtype, rows: list[Row], pad_id
             with torch.no_grad():
                 loss = prepare_loss(method, load_model(method, folder, each), rows, pad_id)().item()
             error = abs(loss / math.log(2) - 1)
-            print(
-                f"{method.label}, untrained, {each}: relative error against log 2 {error:.1e} (allowed {allowed:.1e})"
-            )
+            print(f"{method.label}, untrained, {each}: relative error to log 2 {error:.1e} (allowed {allowed:.1e})")
             if not error <= allowed:
                 return f"{method.label}: the untrained loss {loss} is not log 2 in {each}"
     return None

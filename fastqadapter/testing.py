@@ -11,7 +11,7 @@ EPS: dict[torch.dtype, float] = {
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-11,
     torch.float32: 2.0**-20,
-    torch.float64: 2.0**-46,
+    torch.float64: 2.0**-42,
 }
 
 

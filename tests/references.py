@@ -172,9 +172,12 @@ def rewards(branch: Branch, weights: Weights, variant: SimpleNamespace, width: i
     return torch.stack(result) if result else q.new_zeros(0)
 
 
-def preference_loss(branches: Sequence[Branch], weights: Weights, preset: str = "default") -> Tensor:
-    """Scalar loss of a batch; `branches` are chosen and rejected of each pair in turn."""
-    variant = VARIANTS[preset]
+def preference_loss(
+    branches: Sequence[Branch], weights: Weights, preset: str = "default", q_head: str | None = None
+) -> Tensor:
+    """Scalar loss of a batch; `branches` are chosen and rejected of each pair in turn. `q_head`: if not the preset's."""
+    variant = copy.copy(VARIANTS[preset])
+    variant.q_head = q_head or variant.q_head
     width = max(len(branch.prompt) + len(branch.response) for branch in branches)
     pairs = list(zip(branches[::2], branches[1::2], strict=True))
     each = [[rewards(branch, weights, variant, width) for branch in pair] for pair in pairs]

@@ -33,7 +33,7 @@ _SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    "initializer_range": 0.15,
+    "initializer_range": 0.25,
     "pad_token_id": PAD,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -79,12 +79,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "granite": ("Granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5}, _LLAMA_TARGETS),  # divided logits
     "phi": ("Phi", {"num_key_value_heads": 4}, ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")),  # head bias
 }
-REQUIRED = ("llama", "qwen3", "gemma2", "gemma3", "phi3", "gpt_oss")
 EXTRAS = ("cohere", "granite", "phi")
 _CLASS_SUFFIX = {"Gemma3": "TextConfig"}
 
 
-def tiny_base(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **settings: Any) -> PreTrainedModel:
+def tiny_base(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A random causal LM of an architecture of `ARCHITECTURES`, in eval mode."""
     prefix, own_settings, _ = ARCHITECTURES[name]
     config_class = getattr(transformers, prefix + _CLASS_SUFFIX.get(prefix, "Config"))
@@ -149,7 +148,7 @@ class Twins:
 def make_twins(
     name: str,
     kv_mode: str,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype = torch.float32,
     *,
     adapters: Iterable[str] = ("default",),
     base_settings: dict[str, Any] | None = None,
