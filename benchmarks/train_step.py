@@ -11,6 +11,7 @@ printed before the losses agree: `separate` with the published objective must gi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -32,7 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # `benchmarks`, when 
 import fastqadapter as fqa
 from benchmarks.memory import forget_peak, resident_mib
 from benchmarks.step_methods import METHODS, PUBLISHED, Method, Row, disagreement, load_model, pad_rows, prepare_loss
-from fastqadapter.data import read_rows, tokenize_rows
+from fastqadapter.data import read_rows, tokenize_row
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WARM_UP_ROW = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]}
@@ -123,8 +124,8 @@ def print_batches(batches: Sequence[list[Row]], pad_id: int) -> None:
 def read_batches(args: argparse.Namespace) -> tuple[list[list[Row]], int]:
     """The first micro-batches of the file, and the pad token."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    candidates = read_rows(args.data)[: 2 * args.pairs * args.rounds]  # some will not fit in max_length
-    rows = tokenize_rows(candidates, tokenizer, max_length=args.max_length, progress=False)
+    tokenized = (tokenize_row(row, tokenizer, max_length=args.max_length) for row in read_rows(args.data))
+    rows = list(itertools.islice((row for row in tokenized if row is not None), args.pairs * args.rounds))
     if args.rounds < 2 or len(rows) < args.pairs * args.rounds:
         found = f"{args.data} gave {len(rows)} pairs"
         raise SystemExit(f"{found}: too few for --rounds {args.rounds} (at least 2) of --pairs {args.pairs}")

@@ -175,7 +175,7 @@ def rewards(branch: Branch, weights: Weights, variant: SimpleNamespace, width: i
 def preference_loss(
     branches: Sequence[Branch], weights: Weights, preset: str = "default", q_head: str | None = None
 ) -> Tensor:
-    """Scalar loss of a batch; `branches` are chosen and rejected of each pair in turn. `q_head`: if not the preset's."""
+    """Scalar loss; `branches` are chosen and rejected of each pair in turn. `q_head` replaces the preset's."""
     variant = copy.copy(VARIANTS[preset])
     variant.q_head = q_head or variant.q_head
     width = max(len(branch.prompt) + len(branch.response) for branch in branches)

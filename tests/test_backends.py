@@ -20,7 +20,9 @@ def plain(size: int) -> str:
 
 
 IMPLEMENTATIONS = {
-    "triton": Implementation(fast, refusal=lambda size: None if size % 16 == 0 else f"size {size} is no multiple of 16"),
+    "triton": Implementation(
+        fast, refusal=lambda size: None if size % 16 == 0 else f"size {size} is no multiple of 16"
+    ),
     "eager": Implementation(plain),
 }
 

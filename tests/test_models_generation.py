@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -176,7 +177,8 @@ def test_top_k_and_seed(kv_mode: str) -> None:
     first = generated(twins.model, PROMPT, **kwargs)
     torch.manual_seed(0)
     assert generated(twins.model, PROMPT, **kwargs) == first
-    assert 1 < len({row[0] for row in first}) and {row[0] for row in first} <= best
+    drawn = {row[0] for row in first}
+    assert drawn <= best and len(drawn) > 1
 
 
 @each_mode
@@ -460,7 +462,11 @@ def test_inputs_embeds(kv_mode: str) -> None:
     expected = generated(model, *PROMPTS, max_new_tokens=8)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     tokens = model.generate(
-        inputs_embeds=embeds, attention_mask=inputs["attention_mask"], max_new_tokens=8, do_sample=False, pad_token_id=PAD
+        inputs_embeds=embeds,
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=8,
+        do_sample=False,
+        pad_token_id=PAD,
     )
     assert tokens.tolist() == expected
 
@@ -502,10 +508,8 @@ def test_the_base_model_is_itself_again(kv_mode: str) -> None:
         lambda: model(**ids_of(PROMPT), labels=torch.tensor([PROMPT])),
     ]
     for call in calls:
-        try:
+        with contextlib.suppress(Interruption, ValueError):
             call()
-        except (Interruption, ValueError):
-            pass
         assert type(inner) is cls and set(inner.__dict__) == attributes
         assert [(layer._disable_adapters, layer._active_adapter) for layer in model.streams.tuner_layers] == flags
         assert torch.is_grad_enabled()

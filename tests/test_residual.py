@@ -195,7 +195,11 @@ ERRORS: list[tuple[str, Any, str]] = [
     ("q_logits", torch.zeros(4, 7, dtype=torch.int64), r"q_logits has dtype torch\.int64"),
     ("base_logits", torch.zeros(3, 7), r"base_logits has shape \(3, 7\), q_logits \(4, 7\)"),
     ("base_logits", torch.zeros(1, 7), r"base_logits has shape \(1, 7\), q_logits \(4, 7\)"),
-    ("base_logits", torch.zeros(4, 7, dtype=torch.float16), r"q_logits has dtype torch\.float32, base_logits .*float16"),
+    (
+        "base_logits",
+        torch.zeros(4, 7, dtype=torch.float16),
+        r"q_logits has dtype torch\.float32, base_logits .*float16",
+    ),
     ("base_logits", torch.zeros(4, 7, device="meta"), "base_logits is on meta, q_logits on cpu"),
     ("base_logits", torch.zeros(4, 7, requires_grad=True), r"base_logits\.requires_grad=True.*\.detach\(\)"),
     ("backend", "numpy", "backend='numpy' is not one of 'auto'"),

@@ -277,7 +277,9 @@ def test_extreme_logits(alpha_tilde: float, dtype: torch.dtype):
     """Logits of 1e4, which no exponential survives and float16 still holds."""
     case = problem(rows=4, vocab=40, size=8, dtype=dtype, alpha_0=1.0, alpha_tilde=alpha_tilde)
     scale = 1e4 / (case.hidden_b.double() @ case.weight.double().T).abs().max().item()
-    check_torch_backend(dataclasses.replace(case, hidden_q=case.hidden_q * scale, hidden_b=case.hidden_b * scale), dtype)
+    check_torch_backend(
+        dataclasses.replace(case, hidden_q=case.hidden_q * scale, hidden_b=case.hidden_b * scale), dtype
+    )
 
 
 @each_dtype

@@ -60,7 +60,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ),
     "gemma3": (  # sliding layers with a rotary base of their own, q and k norms
         "Gemma3",
-        {"head_dim": 8, "num_hidden_layers": 4, "sliding_window": 4, "layer_types": _SLIDING_FIRST},
+        {
+            "head_dim": 8,
+            "num_hidden_layers": 4,
+            "sliding_window": 4,
+            "layer_types": _SLIDING_FIRST,
+            "tie_word_embeddings": False,
+        },
         _LLAMA_TARGETS,
     ),
     "phi3": ("Phi3", {}, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),  # fused projections

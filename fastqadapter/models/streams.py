@@ -9,7 +9,8 @@ from the base pass's hidden states.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -84,12 +85,12 @@ class TwoStreams:
                 hidden_b = self._run(batch.input_ids, batch.position_ids, base_pass)
             if self.kv_mode == "separate":
                 q_pass = PackedAttention(base_pass.segments, "own")
-                with self.q_stream(adapter), self._start_above_trunk(trunk, None):
+                with self.q_stream(adapter), self._start_above_trunk(trunk, None), self._recompute_as_q(adapter):
                     hidden_q = self._run(batch.input_ids, batch.position_ids, q_pass).index_select(0, rows)
             else:
                 kv_axis = "base" if self.kv_mode == "shared" else "base+own"
                 q_pass = PackedAttention(q_segments(batch, self.kv_mode), kv_axis, recorded)
-                with self.q_stream(adapter), self._start_above_trunk(trunk, rows):
+                with self.q_stream(adapter), self._start_above_trunk(trunk, rows), self._recompute_as_q(adapter):
                     hidden_q = self._run(batch.input_ids[rows], batch.position_ids[rows], q_pass)
         return hidden_q, hidden_b.index_select(0, rows)
 
@@ -99,6 +100,28 @@ class TwoStreams:
             input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, packed=packed
         )
         return output.last_hidden_state[0]
+
+    @contextlib.contextmanager
+    def _recompute_as_q(self, adapter: str | None) -> Iterator[None]:
+        """Under gradient checkpointing a layer runs again in the backward pass, when the contexts of the Q pass are long
+        left; let it enter them again."""
+
+        def as_q(function: Callable[..., Any], *args: Any) -> Any:
+            with packed_attention_of(self.decoder), self.q_stream(adapter):
+                return function(*args)
+
+        def wrap(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda function, *args: checkpoint(functools.partial(as_q, function), *args)
+
+        layers = [layer for layer in self.layers if getattr(layer, "gradient_checkpointing", False)]
+        before = [layer._gradient_checkpointing_func for layer in layers]
+        for layer, checkpoint in zip(layers, before, strict=True):
+            layer._gradient_checkpointing_func = wrap(checkpoint)
+        try:
+            yield
+        finally:
+            for layer, checkpoint in zip(layers, before, strict=True):
+                layer._gradient_checkpointing_func = checkpoint
 
     @contextlib.contextmanager
     def _tap_trunk(self) -> Iterator[list[Tensor]]:
