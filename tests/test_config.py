@@ -148,11 +148,11 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "base is null": ('{"format": 1, "base": null}', "base"),
     "truncated": ('{"format": 1, "alpha_0"', "line 1"),
     "empty": ("", "line 1"),
-    "list": ("[1, 2]", ""),
-    "number": ("1", ""),
-    "null": ("null", ""),
-    "text": ('"format"', ""),
-    "binary": (b"\x80\x04\x95", ""),
+    "list": ("[1, 2]", "list"),
+    "number": ("1", "int"),
+    "null": ("null", "NoneType"),
+    "text": ('"format"', "str"),
+    "binary": (b"\x80\x04\x95", "codec"),
 }
 
 

@@ -78,10 +78,13 @@ def test_imports_point_one_way(path: Path):
             assert top in sys.stdlib_module_names or top in THIRD_PARTY[unit], f"{module_of(path)} imports {imported}"
 
 
-@pytest.mark.parametrize("modules", ["fastqadapter.ops", "fastqadapter.loss, fastqadapter.testing"])
-def test_mathematics_loads_nothing_of_hugging_face(modules: str):
+def test_mathematics_loads_nothing_of_hugging_face():
     done = subprocess.run(
-        [sys.executable, "-c", f"import {modules}, sys; print(*sys.modules)"],
+        [
+            sys.executable,
+            "-c",
+            "import fastqadapter.ops, fastqadapter.loss, fastqadapter.testing, sys; print(*sys.modules)",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -107,18 +107,27 @@ def main(argv: list[str]) -> None:
         description="Generate with the customised policy. Without prompt: a chat on a terminal, else stdin.",
     )
     arguments, base_arguments = parser.parse(argv)
-    prompts = None if arguments.prompts_file is None else _read_prompts(Path(arguments.prompts_file))
+    prompts = _prompts(arguments)  # before the model is loaded: a mistake in them shows at once
     answerer = _load(arguments, base_arguments)
     set_seed(arguments.seed)
-    if prompts is not None:
-        _answer_file(answerer, [_chat(prompt, arguments.system) for prompt in prompts], arguments)
-    elif arguments.prompt is None and sys.stdin.isatty():
+    if prompts is None:
         _talk(answerer, arguments.system)
+    elif arguments.prompts_file is None:
+        _say(answerer, _chat(prompts[0], arguments.system))
     else:
-        prompt = sys.stdin.read().strip() if arguments.prompt is None else arguments.prompt
-        if not prompt:
-            raise ArgumentError("the prompt is empty: give --prompt, --prompts_file, or text on stdin")
-        _say(answerer, _chat(prompt, arguments.system))
+        _answer_file(answerer, [_chat(prompt, arguments.system) for prompt in prompts], arguments)
+
+
+def _prompts(arguments: GenerateArguments) -> list[str | Messages] | None:
+    """The prompts of the file, the one prompt, or None for a chat on the terminal."""
+    if arguments.prompts_file is not None:
+        return _read_prompts(Path(arguments.prompts_file))
+    if arguments.prompt is None and sys.stdin.isatty():
+        return None
+    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    if not prompt.strip():
+        raise ArgumentError("the prompt is empty: give --prompt, --prompts_file, or text on stdin")
+    return [prompt.strip()]
 
 
 def _load(arguments: GenerateArguments, base_arguments: BaseArguments) -> Answerer:

@@ -1,0 +1,188 @@
+"""The command line, driven as a person would: train, resume, generate, env; every mistake is one line and exit 2."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from words import save_base, word_rows
+
+import fastqadapter
+from fastqadapter import cli
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a base model, rows, and an adapter trained for a few steps."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_base(folder / "base")
+    for name, count, seed in (("train", 12, 0), ("heldout", 4, 1)):
+        lines = [json.dumps(row) for row in word_rows(count, seed)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    assert cli.main(train_arguments(folder, "adapter", "--eval_dataset_name", str(folder / "heldout.jsonl"))) == 0
+    return folder
+
+
+def train_arguments(folder: Path, output: str, *more: str) -> list[str]:
+    options = {
+        "model_name_or_path": folder / "base",
+        "dataset_name": folder / "train.jsonl",
+        "output_dir": folder / output,
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "lora_r": 4,
+    }
+    return ["train", *(f"--{name}={value}" for name, value in options.items()), *more]
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = cli.main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def fails(capsys, *argv: str) -> str:
+    """The one line that a mistake prints."""
+    code, _, err = run(capsys, *argv)
+    lines = [line for line in err.splitlines() if line.startswith(("fastqadapter", "unknown command"))]
+    assert code == 2
+    assert len(lines) == 1 and "Traceback" not in err
+    return lines[0]
+
+
+def test_train_saves_adapter_sidecar_metrics_and_curves(workplace: Path) -> None:
+    found = {path.name for path in (workplace / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "qadapter_config.json", "eval_results.json"} <= found
+    assert {"checkpoint-4", "trainer_state.json", "curves.png", "tokenizer.json"} <= found
+    config = json.loads((workplace / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and "k_proj" not in config["target_modules"]
+
+
+def test_train_resumes_from_the_last_checkpoint(workplace: Path, capsys) -> None:
+    assert cli.main(train_arguments(workplace, "resumed", "--max_steps", "2")) == 0
+    assert cli.main(train_arguments(workplace, "resumed", "--resume_from_checkpoint", "true")) == 0
+    state = json.loads((workplace / "resumed" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_train_takes_a_yaml_config_and_the_command_line_wins(workplace: Path, capsys) -> None:
+    config = workplace / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {workplace / 'base'}\ndataset_name: {workplace / 'train.jsonl'}\nmax_steps: 1\n"
+        f"report_to: none\nuse_cpu: true\nkv_mode: separate\nlora_target_modules: [q_proj, v_proj]\nbeta: 0.5\n"
+    )
+    output = workplace / "yaml"
+    assert cli.main(["train", "--config", str(config), "--output_dir", str(output), "--beta", "0.25"]) == 0
+    sidecar = json.loads((output / "qadapter_config.json").read_text())
+    assert sidecar["kv_mode"] == "separate" and sidecar["beta"] == 0.25
+    assert set(json.loads((output / "adapter_config.json").read_text())["target_modules"]) == {"q_proj", "v_proj"}
+
+
+def test_generate_one_prompt(workplace: Path, capsys) -> None:
+    adapter = str(workplace / "adapter")
+    code, by_default, _ = run(capsys, "generate", "--adapter", adapter, "--prompt", "w9 w10", "--max_new_tokens", "6")
+    assert code == 0 and by_default.strip()
+    dials = ("--alpha_0", "1", "--alpha_tilde", "1", "--weight", "1")
+    argv = ("generate", "--adapter", adapter, "--prompt", "w9 w10", "--max_new_tokens", "6", *dials)
+    assert run(capsys, *argv)[1] == by_default
+    beams = run(capsys, *argv, "--num_beams", "3")
+    assert beams[0] == 0 and beams[1].strip()
+
+
+def test_generate_reads_a_prompt_from_stdin(workplace: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("w9 w10\n"))
+    code, out, _ = run(capsys, "generate", "--adapter", str(workplace / "adapter"), "--max_new_tokens", "4")
+    assert code == 0 and out.strip()
+
+
+def test_generate_chats_on_a_terminal(workplace: Path, capsys, monkeypatch) -> None:
+    terminal = io.StringIO("w9 w10\nw11\n\nnever read\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    code, out, err = run(capsys, "generate", "--adapter", str(workplace / "adapter"), "--max_new_tokens", "4")
+    assert code == 0 and "empty line" in err
+    assert out.count("> ") == 3
+    assert terminal.readline() == "never read\n"
+
+
+def test_generate_a_file_and_go_on_after_a_kill(workplace: Path, capsys) -> None:
+    prompts, output = workplace / "prompts.txt", workplace / "answers.jsonl"
+    prompts.write_text("w9 w10\nw11\nw12 w13 w14\n")
+    argv = ["generate", "--adapter", str(workplace / "adapter"), "--prompts_file", str(prompts)]
+    argv += ["--output_file", str(output), "--max_new_tokens", "5", "--batch_size", "2"]
+    assert run(capsys, *argv)[0] == 0
+    complete = output.read_text()
+    assert [json.loads(line)["prompt"][0]["content"] for line in complete.splitlines()] == [
+        "w9 w10",
+        "w11",
+        "w12 w13 w14",
+    ]
+    lines = complete.splitlines(keepends=True)
+    output.write_text("".join(lines[:2]) + lines[2][:10])  # killed in the middle of a line
+    assert run(capsys, *argv)[0] == 0
+    assert output.read_text() == complete
+    output.write_text('{"prompt": "another", "response": ""}\n')
+    assert "name another file" in fails(capsys, *argv)
+
+
+def test_generate_mixes_adapters(workplace: Path, capsys) -> None:
+    adapter = str(workplace / "adapter")
+    argv = ["generate", "--prompt", "w9", "--max_new_tokens", "4", "--adapter", f"a={adapter}", f"b={adapter}"]
+    assert run(capsys, *argv, "--weight", "0.5", "-0.25")[0] == 0
+    assert "2 adapters: give one for each" in fails(capsys, *argv, "--weight", "1")
+
+
+def test_env(capsys) -> None:
+    code, out, _ = run(capsys, "env")
+    assert code == 0 and "torch" in out and "backend eager" in out
+    report = json.loads(run(capsys, "env", "--json")[1])
+    assert report["fastqadapter"] == fastqadapter.__version__
+
+
+def test_usage_and_version(capsys) -> None:
+    assert run(capsys, "--version")[1] == f"fastqadapter {fastqadapter.__version__}\n"
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and all(name in out for name in cli.COMMANDS)
+    assert run(capsys)[0] == 2
+
+
+def test_mistakes_are_one_line_and_exit_2(workplace: Path, capsys) -> None:
+    base, adapter = str(workplace / "base"), str(workplace / "adapter")
+    rows = str(workplace / "train.jsonl")
+    common = ("--model_name_or_path", base, "--output_dir", str(workplace / "never"), "--use_cpu")
+    cases = {
+        ("evaluate",): "unknown command 'evaluate'",
+        ("train",): "required",
+        ("train", "--dataset_name", rows, *common, "--alpha_tilde", "0"): "alpha_tilde=0.0 is outside its legal range",
+        ("train", "--dataset_name", rows, *common, "--kv_mode", "both"): "kv_mode",
+        ("train", "--dataset_name", rows, *common, "--divisor", "half"): "divisor='half'",
+        ("train", "--dataset_name", rows, *common, "--typo", "1"): "--typo",
+        ("train", "--dataset_name", "none.jsonl", *common): "dataset_name='none.jsonl': no such file",
+        ("train", "--dataset_name", rows, "--model_name_or_path", str(workplace)): "cannot be loaded",
+        ("train", "--dataset_name", rows, *common, "--lora_target_modules", "k_proj"): "kv_mode='shared'",
+        ("train", "--config", str(workplace / "none.yaml")): "none.yaml",
+        ("generate", "--adapter", base, "--prompt", "x", "--model_name_or_path", base): "plain LoRA adapter",
+        ("generate", "--adapter", adapter, "--prompt", " "): "prompt is empty",
+        ("generate", "--adapter", adapter, "--prompt", "x", "--alpha_tilde", "-1"): "alpha_tilde=-1.0",
+        ("generate", "--adapter", adapter, "--prompt", "x", "--prompts_file", rows): "not both",
+        ("generate", "--adapter", adapter, "--prompt", "x", "--max_new_tokens", "0"): "max_new_tokens=0",
+        ("demo", "--kv_mode", "none"): "invalid choice",
+    }
+    for argv, expected in cases.items():
+        assert expected in fails(capsys, *argv), argv
+
+
+def test_a_bad_row_is_named_with_its_line(workplace: Path, capsys) -> None:
+    bad = workplace / "bad.jsonl"
+    bad.write_text(json.dumps(word_rows(1)[0]) + "\n{broken\n")
+    common = ("--model_name_or_path", str(workplace / "base"), "--output_dir", str(workplace / "bad"), "--use_cpu")
+    assert "bad.jsonl:2" in fails(capsys, "train", "--dataset_name", str(bad), *common)
+    argv = ("train", "--dataset_name", str(bad), *common, "--max_steps", "1", "--report_to", "none")
+    assert run(capsys, *argv, "--on_bad_row", "skip")[0] == 0
