@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -20,3 +21,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of `ops.soft_value` so tiny that small problems have several blocks of rows and tiles, with a ragged
+    rest of both."""
+    module = importlib.import_module("fastqadapter.ops.soft_value")  # the package has the function under this name
+    monkeypatch.setattr(module, "ROW_BLOCK", 3)
+    monkeypatch.setattr(module, "VOCAB_TILE", 16)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from references import Branch, Weights, preference_loss
 from torch import Tensor
 
 from fastqadapter import ops
@@ -228,52 +229,36 @@ def random_states(
     return hidden_q.clone().requires_grad_(), hidden_b, LMHead(weight, **options)
 
 
-def loss_token_by_token(
-    hidden_q: Tensor, hidden_b: Tensor, head: LMHead, batch: PackedPairs, config: QAdapterConfig
-) -> Tensor:
-    """The objective of the presets `default` and `paper` as DESIGN.md states it, one reward at a time."""
+def branches_of(hidden_q: Tensor, hidden_b: Tensor, head: LMHead, batch: PackedPairs, pairs: Any) -> list[Branch]:
+    """What the slow reference takes: both logits in the states of each response; zeros after its last token."""
 
     def logits(hidden: Tensor) -> Tensor:
-        raw = head.weight @ hidden + (0.0 if head.bias is None else head.bias)
-        raw = raw * head.logit_scale
+        raw = head.logit_scale * (hidden @ head.weight.T + (0.0 if head.bias is None else head.bias))
         return raw if head.softcap is None else head.softcap * torch.tanh(raw / head.softcap)
 
-    actions, losses, row = batch.actions.tolist(), [], 0
-    for _, *lengths in batch.lengths:
-        first, sums, squares = row, [], []
-        row += 1
-        for length in lengths:
-            states = [first, *range(row, row + length - 1)]
-            row += length - 1
-            total = torch.zeros((), dtype=torch.float64)
-            following = torch.zeros((), dtype=torch.float64)  # v(terminal)
-            for state in reversed(states):
-                base = logits(hidden_b[state])
-                q = logits(hidden_q[state]) - (base if config.q_head == "difference" else 0.0)
-                reward = q[actions[states.index(state)]] - config.gamma * following
-                scores = (q + config.alpha_0 * torch.log_softmax(base, 0)) / config.alpha_tilde
-                following = config.alpha_tilde * torch.logsumexp(scores, 0)
-                total, squares = total + reward, [*squares, reward.square()]
-            actions = actions[length:]
-            sums.append(total)
-        divisor = max(lengths) if config.divisor == "max_length" else 1.0
-        preference = -torch.nn.functional.logsigmoid((sums[0] - sums[1]) / divisor)
-        losses.append(preference + config.beta * torch.stack(squares).mean())
-    return torch.stack(losses).mean()
+    branches = []
+    for (prompt, *responses), group in zip(pairs, batch.layout, strict=True):
+        for response, inputs in zip(responses, group.branch_states, strict=True):
+            rows = [group.first_state, *range(inputs.start, inputs.stop)]
+            both = (logits(hidden[rows]) for hidden in (hidden_b, hidden_q))
+            pad = (0, 0, 0, len(response) + 1 - len(rows))
+            branches.append(Branch(prompt, response, *(torch.nn.functional.pad(part, pad) for part in both)))
+    return branches
 
 
 @each_backend
+@each_preset
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_loss_and_gradient_equal_a_computation_token_by_token(preset: str, head: str, backend: str):
-    batch = pack_pairs(MATES)
-    config = QAdapterConfig(preset=preset, alpha_0=0.7, alpha_tilde=1.3, gamma=0.9, beta=0.1)
+def test_loss_and_gradient_equal_the_slow_reference(head: str, preset: str, backend: str):
+    numbers = {"alpha_0": 0.7, "alpha_tilde": 1.3, "gamma": 0.9, "beta": 0.1}
+    batch = packed(MATES, preset)
     hidden_q, hidden_b, lm_head = random_states(batch, head)
+    config = QAdapterConfig(preset=preset, **numbers)
     loss, _ = q_adapter_loss(hidden_q, hidden_b, lm_head, batch, config, backend=backend)
-    (gradient,) = torch.autograd.grad(loss, hidden_q)
-    slow = loss_token_by_token(hidden_q, hidden_b, lm_head, batch, config)
+    slow = preference_loss(branches_of(hidden_q, hidden_b, lm_head, batch, MATES), Weights(**numbers), preset)
     torch.testing.assert_close(loss, slow, rtol=1e-7, atol=1e-7)  # the divisors are fp32
-    torch.testing.assert_close(gradient, torch.autograd.grad(slow, hidden_q)[0], rtol=1e-6, atol=1e-8)
+    gradient, slow_gradient = (torch.autograd.grad(result, hidden_q)[0] for result in (loss, slow))
+    torch.testing.assert_close(gradient, slow_gradient, rtol=1e-6, atol=1e-8)
 
 
 @each_backend
@@ -322,6 +307,21 @@ def test_published_loss_depends_on_batch_mates():
         _, metrics = q_adapter_loss(hidden_q, hidden_b, head, batch, config)
         margins.append(metrics["rewards/margins"][0].item())
     assert margins[0] != pytest.approx(margins[1], rel=1e-3)
+
+
+@each_backend
+@each_preset
+def test_q_values_of_bf16_states_are_never_rounded_to_bf16(preset: str, backend: str):
+    """h_q - h_b and the product with W[a] are formed in fp32: a rounding of either would be off by 1e-3."""
+    batch = packed(MATES, preset)
+    states = random_states(batch, dtype=torch.bfloat16)
+    hidden_q, hidden_b, head = states[0].detach(), states[1], states[2]
+    config = QAdapterConfig(preset=preset, gamma=0.0)
+    true_head = LMHead(head.weight.double())
+    _, truth = q_adapter_loss(hidden_q.double(), hidden_b.double(), true_head, batch, config, backend="eager")
+    _, metrics = q_adapter_loss(hidden_q, hidden_b, head, batch, config, backend=backend)
+    for name in ("rewards/chosen", "rewards/rejected"):
+        torch.testing.assert_close(metrics[name].double(), truth[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
 @each_backend

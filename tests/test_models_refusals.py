@@ -210,6 +210,15 @@ def test_architectures_that_packed_training_cannot_serve(prefix: str) -> None:
     assert [(name, type(module)) for name, module in base.named_modules()] == modules
 
 
+def test_attention_with_a_mask_of_its_own() -> None:
+    """Doge learns a mask and hands it to the attention function; packed attention must not drop it silently."""
+    settings = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 48}
+    base = transformers.DogeForCausalLM(transformers.DogeConfig(**settings)).eval()
+    with pytest.raises(ValueError, match="Doge"):
+        model = fqa.get_qadapter_model(base, peft_config=lora())
+        model(packed(PAIRS, model))
+
+
 class ScaledLogits(transformers.LlamaForCausalLM):
     """Scales its logits in a way that no config tells."""
 

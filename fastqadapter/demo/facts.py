@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-Facts = tuple[tuple[str, str], ...]
+Fact = tuple[str, str]
+Facts = tuple[Fact, ...]
 
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -29,6 +30,24 @@ class Family:
     answers: tuple[str, ...]  # the concise ones; the last is a whole sentence
     more: tuple[str, ...]  # true, and not asked for
     facts: Facts
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the whole sentence says what it is about, so that it makes sense without the question."""
+        return "{key}" in self.answers[-1].lower()
+
+    def sentence(self, fact: Fact) -> str:
+        return fill(self.answers[-1], fact)
+
+    def clause(self, fact: Fact) -> str:
+        """The sentence as it reads in the middle of another one."""
+        template = self.answers[-1].replace("{Key}", "{key}").replace("{Value}", "{value}")
+        return fill(template[0].lower() + template[1:], fact)
+
+
+def fill(template: str, fact: Fact) -> str:
+    key, value = fact
+    return template.format(key=key, value=value, Key=key[0].upper() + key[1:], Value=value[0].upper() + value[1:])
 
 
 def table(text: str) -> Facts:

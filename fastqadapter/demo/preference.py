@@ -1,8 +1,10 @@
 """The demo's preference set: concise answers over correct but wordy ones, made by a seeded program.
 
-Every pair asks one question. The chosen answer is a word, a few words or one sentence; the rejected one says the same
-and pads it: a preamble, a repetition, general remarks nobody asked for, an offer of more help. The held-out pairs ask
-other questions, half of them of kinds that training never shows, and pad with phrases of their own.
+Every pair asks one question. The chosen answer is a word, a few words or one sentence. The rejected one says the same
+and does not stop: it drags the sentence out, repeats it, adds facts and remarks nobody asked for, a preamble, an offer
+of more help. Most of what it adds are answers to other questions, so no choice of words tells the two apart, only
+where an answer ends. The held-out pairs ask other questions, half of them of kinds that training never shows, and
+add phrases of their own.
 
 `python -m fastqadapter.demo.preference OUT_DIR` writes the pairs to `train.jsonl` and `heldout.jsonl`.
 """
@@ -18,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastqadapter.demo.facts import SHORT_FAMILIES, Family
+from fastqadapter.demo.facts import SHORT_FAMILIES, Fact, Family, fill
 from fastqadapter.demo.questions import OPEN_FAMILIES, UNSEEN_FAMILIES
 
 HELD_OUT_OF_SEEN_FAMILIES = 60
 MAX_CONCISE_WORDS, MAX_CONCISE_SENTENCES = 20, 2
-WORDY_WORDS = range(25, 56)  # number of words in a rejected answer
+WORDY_WORDS = range(25, 46)  # number of words in a rejected answer
+
+_TELLING_FAMILIES = tuple(family for family in SHORT_FAMILIES + OPEN_FAMILIES if family.stands_alone)
 
 T = TypeVar("T")
 
@@ -32,71 +36,110 @@ T = TypeVar("T")
 class Padding:
     """What makes an answer wordy without making it wrong. `plans` give the order of the parts of an answer:
 
-    o = opener, a = the answer, r = the answer repeated, m = more on the matter, g = general remark, c = closer.
+    a = the answer, l = the answer as the start of a long sentence, r = the answer repeated, f = another fact,
+    m = more on the matter, g = a general remark (head, noun and tail), o = opener, c = closer.
     """
 
-    openers: tuple[str, ...]
-    repeats: tuple[str, ...]  # {answer}
-    remarks: tuple[str, ...]
-    closers: tuple[str, ...]
     plans: tuple[str, ...]
+    asides: tuple[str, ...]  # before a fact
+    heads: tuple[str, ...]
+    nouns: tuple[str, ...]
+    tails: tuple[str, ...]
+    links: tuple[str, ...]  # inside a long sentence; {noun}, {tail}, {fact}
+    repeats: tuple[str, ...]  # {answer}
+    openers: tuple[str, ...]
+    closers: tuple[str, ...]
 
 
 _TRAINING_PADDING = Padding(
+    plans=(
+        "aff",
+        "afff",
+        "afg",
+        "agf",
+        "agg",
+        "amf",
+        "amg",
+        "arf",
+        "agc",
+        "lf",
+        "lg",
+        "lm",
+        "lff",
+        "lfg",
+        "oaf",
+        "oag",
+    ),
+    asides=("", "", "", "Likewise, ", "By the way, ", "Besides, ", "In addition, "),
+    heads=(
+        "It is",
+        "This is",
+        "Indeed, it is",
+        "Overall, this is",
+        "For many people it is",
+        "In everyday life this is",
+    ),
+    nouns=(
+        "a fundamental concept",
+        "a fascinating subject",
+        "a common phenomenon",
+        "an essential part of life",
+        "a complex matter",
+        "a crucial point",
+        "a useful thing to know",
+        "a popular topic",
+    ),
+    tails=(
+        "that has been studied for many years",
+        "that people all over the world know about",
+        "that can be seen from several angles",
+        "which depends on a number of factors",
+        "which plays an important role in our society",
+        "and there are many different examples of it",
+        "and it is often described in books and films",
+        "and it can take various forms",
+    ),
+    links=(", which is {noun} {tail}", ", just as {fact}", ", and {fact}", ", while {fact}", " - {noun} {tail}"),
+    repeats=(
+        "In other words: {answer}",
+        "To summarise what I have just said: {answer}",
+        "So, to make it quite clear: {answer}",
+    ),
     openers=(
         "That is a great question, and I would be happy to help you with it!",
-        "Thank you for your question! Let me think about this carefully.",
-        "Certainly! I would be glad to give you an answer to this.",
+        "Thank you for your question! Let me think about it.",
+        "Certainly! I would be glad to answer this.",
         "Sure, here is everything you need to know about it.",
-        "Of course! Before I come to the answer, let me say a few words.",
-        "This is a really interesting topic, and there is a lot to say about it.",
-        "The answer to this question can be looked at in several different ways.",
-    ),
-    repeats=(
-        "In other words, the answer can be given like this: {answer}",
-        "To summarise what I have just said: {answer}",
-        "So, to repeat the most important point once again: {answer}",
-        "In short, and to make it quite clear: {answer}",
-    ),
-    remarks=(
-        "It is important to note that this plays a role in many areas of everyday life.",
-        "This is a fundamental concept that is essential for a deeper understanding of the world around us.",
-        "Additionally, there are many other aspects that one could consider in this context.",
-        "It is also worth mentioning that the details may depend on the point of view.",
-        "This can be helpful in a wide range of situations, both at home and at work.",
-        "Furthermore, it is closely connected with a number of other interesting topics.",
+        "The answer to this question can be looked at in different ways.",
     ),
     closers=(
         "I hope this helps! Let me know if you have any other questions.",
         "If you would like to know more, please feel free to ask me at any time.",
-        "Overall, this is something that is well worth knowing.",
         "Please let me know whether you would like a more detailed explanation.",
-        "In conclusion, I hope that I could answer your question in a satisfying way.",
     ),
-    plans=("amg", "amgc", "agm", "amc", "amrc", "agc", "oamc", "oagc", "oarc", "omac", "oamg", "goac"),
 )
 
 _HELD_OUT_PADDING = Padding(
+    plans=("afaf", "agg", "affc", "agfc", "lgf", "lc", "oafg", "ofa", "fa", "mfa"),
+    asides=("", "", "Similarly, ", "On a related note, ", "As an aside, "),
+    heads=("Moreover, it is", "As such, it is", "One could say that this is"),
+    nouns=("a versatile idea", "a remarkable topic", "a valuable piece of knowledge", "a surprisingly rich field"),
+    tails=(
+        "that continues to attract the interest of experts",
+        "whose roots go back a long way",
+        "and a little background goes a long way here",
+        "with a wide range of practical uses",
+    ),
+    links=(", something that is {noun} {tail}", "; similarly, {fact}", ", whereas {fact}"),
+    repeats=("Put differently: {answer}",),
     openers=(
         "What a wonderful thing to ask, I am always delighted to talk about this!",
-        "I appreciate that you came to me with this, so let us look into it together.",
         "There is quite a bit to unpack here, so please bear with me for a moment.",
-    ),
-    repeats=(
-        "Put differently, and just to be on the safe side: {answer}",
-        "Therefore, as I was saying a moment ago: {answer}",
-    ),
-    remarks=(
-        "Moreover, it has attracted the interest of a large number of people over the years.",
-        "As with most things in life, a little background knowledge goes a long way here.",
-        "One should keep in mind that matters such as this one can be surprisingly complex.",
     ),
     closers=(
         "Do not hesitate to reach out again should anything remain unclear.",
         "Would you like me to go into further detail on any of these points?",
-        "All in all, I trust that you will find this information useful.",
     ),
-    plans=("amg", "amc", "agmc", "oam", "oagc", "ogac", "oarm"),
 )
 
 # What an assistant says around an answer, in lower case: one of them makes an answer not concise.
@@ -194,12 +237,10 @@ def conciseness(text: str) -> dict[str, Any]:
     return {"words": words, "sentences": sentences, "filler": filler, "concise": concise}
 
 
-def _row(family: Family, fact: tuple[str, str], padding: Padding, rng: random.Random) -> dict[str, Any]:
-    words = _words_of(fact)
-    question = _pick(family.questions, rng).format(**words)
-    answer = _pick(family.answers, rng).format(**words)
-    sentence = family.answers[-1].format(**words)
-    drafts = _wordy_answers(sentence, [more.format(**words) for more in family.more], padding, rng)
+def _row(family: Family, fact: Fact, padding: Padding, rng: random.Random) -> dict[str, Any]:
+    question = fill(_pick(family.questions, rng), fact)
+    answer = fill(_pick(family.answers, rng), fact)
+    drafts = _wordy_answers(family, fact, padding, rng)
     rejected = next(draft for draft in drafts if len(draft.split()) in WORDY_WORDS)
     return {
         "prompt": [{"role": "user", "content": question}],
@@ -208,24 +249,29 @@ def _row(family: Family, fact: tuple[str, str], padding: Padding, rng: random.Ra
     }
 
 
-def _wordy_answers(sentence: str, more: Sequence[str], padding: Padding, rng: random.Random) -> Iterator[str]:
+def _wordy_answers(family: Family, fact: Fact, padding: Padding, rng: random.Random) -> Iterator[str]:
     """Wordy answers without end, for the caller to take one of the right length."""
-    sentence = sentence if sentence[-1] in ".!?" else f"{sentence}."
+    answer = family.sentence(fact)
+    answer = answer if answer[-1] in ".!?" else f"{answer}."
     while True:
-        parts = {
-            "o": _pick(padding.openers, rng),
-            "a": sentence,
-            "r": _pick(padding.repeats, rng).format(answer=sentence),
-            "m": _pick(more, rng),
-            "g": _pick(padding.remarks, rng),
-            "c": _pick(padding.closers, rng),
-        }
-        yield " ".join(parts[part] for part in _pick(padding.plans, rng))
+        yield " ".join(_part(part, answer, family, fact, padding, rng) for part in _pick(padding.plans, rng))
 
 
-def _words_of(fact: tuple[str, str]) -> dict[str, str]:
-    key, value = fact
-    return {"key": key, "value": value, "Key": key[0].upper() + key[1:], "Value": value[0].upper() + value[1:]}
+def _part(part: str, answer: str, family: Family, fact: Fact, padding: Padding, rng: random.Random) -> str:
+    noun, tail, aside = _pick(padding.nouns, rng), _pick(padding.tails, rng), _pick(padding.asides, rng)
+    others = family if family.stands_alone else _pick(_TELLING_FAMILIES, rng)
+    other = _pick([known for known in others.facts if known != fact], rng)
+    texts = {
+        "a": answer,
+        "l": answer[:-1] + _pick(padding.links, rng).format(noun=noun, tail=tail, fact=others.clause(other)[:-1]) + ".",
+        "r": _pick(padding.repeats, rng).format(answer=answer),
+        "f": aside + others.clause(other) if aside else others.sentence(other),
+        "m": fill(_pick(family.more, rng), fact),
+        "g": f"{_pick(padding.heads, rng)} {noun} {tail}.",
+        "o": _pick(padding.openers, rng),
+        "c": _pick(padding.closers, rng),
+    }
+    return texts[part]
 
 
 def _pick(items: Sequence[T], rng: random.Random) -> T:

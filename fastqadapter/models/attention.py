@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fastqadapter.config import KVMode
@@ -130,29 +131,55 @@ def packed_attention(
         raise ValueError(f"packed training does not support {unsupported} of {type(module).__name__} yet")
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = packed.keys_and_values(layer, key, value)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    plain = softcap is None and s_aux is None
-    dtype = query.dtype
-    if plain and query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # torch 2.13's CPU kernel is slower in bf16: 0.61 ms forward and 3.15 ms backward against 0.53 and 1.3 in fp32
-        # (9 heads of 64, 117 tokens, one Zen 4 core).
-        query, keys, values = query.float(), keys.float(), values.float()
-    outputs = []
-    for segment in packed.segments:
-        q = query[:, :, segment.queries]
-        k, v = (_rows(tensor, segment.keys) for tensor in (keys, values))
-        queries, seen = segment.sizes
-        window = None if sliding_window is None or sliding_window >= seen else sliding_window
-        if plain and queries == seen and window is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        else:
-            mask = packed.mask(queries, seen, window, query.device)
-            if plain:
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
-            else:
-                out = _explicit_attention(q, k, v, mask, scaling, softcap, s_aux)
-        outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
+    rule = _ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        dtype = query.dtype
+        if rule.is_plain and half_on_cpu:
+            # torch 2.13's CPU kernel is slower in bf16: 0.61 ms forward and 3.15 ms backward against 0.53 and 1.3 in
+            # fp32 (9 heads of 64, 117 tokens, one Zen 4 core).
+            query, keys, values = query.float(), keys.float(), values.float()
+        outputs = [_attend_segment(segment, query, keys, values, packed, rule) for segment in packed.segments]
+        return torch.cat(outputs, dim=2).to(dtype)
+
+    if torch.is_grad_enabled() and query.requires_grad and (half_on_cpu or not rule.is_plain):
+        # Keep q, k, v as they came, and form the fp32 copies or the explicit scores again in the backward pass.
+        output = checkpoint(attend, query, keys, values, use_reentrant=False, preserve_rng_state=False)
+    else:
+        output = attend(query, keys, values)
+    return output.transpose(1, 2), None
+
+
+@dataclasses.dataclass(frozen=True)
+class _ScoreRule:
+    """How a layer turns q and k into weights."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None  # (Hq,)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether SDPA can do it."""
+        return self.softcap is None and self.sinks is None
+
+
+def _attend_segment(
+    segment: Segment, query: Tensor, keys: Tensor, values: Tensor, packed: PackedAttention, rule: _ScoreRule
+) -> Tensor:  # (1, Hq, rows, Dv)
+    """Attention of one segment's query rows over its key rows."""
+    q = query[:, :, segment.queries]
+    k, v = _rows(keys, segment.keys), _rows(values, segment.keys)
+    queries, seen = segment.sizes
+    window = None if rule.window is None or rule.window >= seen else rule.window
+    if rule.is_plain and queries == seen and window is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scaling, enable_gqa=True)
+    mask = packed.mask(queries, seen, window, query.device)
+    if rule.is_plain:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scaling, enable_gqa=True)
+    return _explicit_attention(q, k, v, mask, rule)
 
 
 def _rows(tensor: Tensor, parts: tuple[slice, ...]) -> Tensor:
@@ -165,21 +192,19 @@ def _explicit_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    rule: _ScoreRule,
 ) -> Tensor:
     """Attention with a soft-cap on the scores (Gemma-2) or a sink per head (GPT-OSS), which SDPA does not offer."""
     heads, kv_heads, rows = query.shape[1], key.shape[1], query.shape[2]
     grouped = query.unflatten(1, (kv_heads, heads // kv_heads))  # (1, Hkv, g, T_q, Dh)
-    scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * rule.scaling
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
     scores = scores.to(accumulation_dtype(scores.dtype)).masked_fill(~mask, -torch.inf)
-    if sinks is None:
+    if rule.sinks is None:
         weights = torch.softmax(scores, dim=-1)
     else:
-        sink = sinks.to(scores.dtype).view(1, kv_heads, -1, 1, 1).expand(-1, -1, -1, rows, 1)
+        sink = rule.sinks.to(scores.dtype).view(1, kv_heads, -1, 1, 1).expand(-1, -1, -1, rows, 1)
         weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
     return (weights.to(value.dtype) @ value.unsqueeze(2)).flatten(1, 2)
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from fastqadapter.config import KVMode
 from fastqadapter.models import base
 from fastqadapter.models.attention import PackedAttention, base_segments, packed_attention_of, q_segments
+from fastqadapter.models.lora import use_lean_lora
 from fastqadapter.packing import PackedPairs
 
 
@@ -37,6 +38,7 @@ class TwoStreams:
 
     def refresh(self) -> None:
         """Look again for adapted layers, after an adapter was added or removed."""
+        use_lean_lora(self.decoder)
         self.tuner_layers = [module for _, module in base.tuner_layers(self.decoder)]
         self.trunk_depth = base.first_adapted_layer(self.layers)
 
@@ -103,8 +105,8 @@ class TwoStreams:
 
     @contextlib.contextmanager
     def _recompute_as_q(self, adapter: str | None) -> Iterator[None]:
-        """Under gradient checkpointing a layer runs again in the backward pass, when the contexts of the Q pass are long
-        left; let it enter them again."""
+        """Under gradient checkpointing a layer runs again in the backward pass, when the contexts of the Q pass are
+        long left; let it enter them again."""
 
         def as_q(function: Callable[..., Any], *args: Any) -> Any:
             with packed_attention_of(self.decoder), self.q_stream(adapter):

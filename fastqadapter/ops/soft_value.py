@@ -31,7 +31,7 @@ from fastqadapter.ops.backends import Implementation, choose
 # Sizes of one tile of scores: large enough for the GEMM to run at full speed, small enough for its fp32 copy to stay
 # in the last-level cache while it is turned into probabilities.
 ROW_BLOCK = 512
-VOCAB_TILE = 4096
+VOCAB_TILE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
