@@ -22,6 +22,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# The KV cache's name in forwards, outputs and generate; it changed with transformers 5.24.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 Model = Callable[..., Any]  # a causal LM of transformers, or PEFT's wrapper of one
 KeysValues = list[tuple[Tensor, Tensor]]  # per layer, (1, Hkv, T, Dh) each
 Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids of prompt, chosen, rejected
@@ -49,7 +52,9 @@ class LentCache(DynamicCache):
         for layer, (key, value) in enumerate(lent):
             super().update(key[:, :, :-1], value[:, :, :-1], layer)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         key, value = self.lent[layer_idx]
         assert key.shape[2] == self.layers[layer_idx].keys.shape[2] + key_states.shape[2]
         return super().update(key[:, :, -1:], value[:, :, -1:], layer_idx)
@@ -71,7 +76,7 @@ def filled_cache(content: KeysValues) -> DynamicCache:
 def last_logits(model: Model, ids: Sequence[int], cache: DynamicCache | None) -> Tensor:
     """(V,) logits after `ids`, given what is in the cache."""
     tokens = torch.tensor([list(ids)])
-    return model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).logits[0, -1]
+    return model(input_ids=tokens, **{CACHE_NAME: cache}, use_cache=cache is not None).logits[0, -1]
 
 
 # --- logits of both streams at every state of a branch ---------------------------------------------------------------

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from words import save_base, word_rows
 
 import fastqadapter
 from fastqadapter import cli
+from words import save_base, word_rows
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from references import Branch, Weights, preference_loss
 from torch import Tensor
 
 from fastqadapter import ops
 from fastqadapter.config import PRESETS, QAdapterConfig
 from fastqadapter.loss import LMHead, pair_transitions, q_adapter_loss
 from fastqadapter.packing import PackedPairs, pack, pack_pairs
+from references import Branch, Weights, preference_loss
 
 each_backend = pytest.mark.parametrize("backend", ["eager", "torch"])
 each_preset = pytest.mark.parametrize("preset", PRESETS)

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from references import hand_policy, policy_logits
-from tiny import ARCHITECTURES, MODES, PAD, PAIRS, VOCABULARY, Twins, lora_config, make_twins, packed, random_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 import fastqadapter as fqa
+from references import CACHE_NAME, hand_policy, policy_logits
+from tiny import ARCHITECTURES, MODES, PAD, PAIRS, VOCABULARY, Twins, lora_config, make_twins, packed, random_ids
 
 CLOSE = {"atol": 2e-5, "rtol": 0.0}
 NUMBERS = {"alpha_0": 0.4, "alpha_tilde": 1.3}
@@ -359,8 +359,8 @@ def test_forward_step_by_step_with_its_own_cache(name: str, kv_mode: str) -> Non
     cache, start = None, 0
     for stop in range(4, len(PROMPT) + 1):
         tokens = torch.tensor([PROMPT[start:stop]])
-        output = twins.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, start = output.past_key_values, stop
+        output = twins.model(input_ids=tokens, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+        cache, start = output[CACHE_NAME], stop
         expected = hand_logits(twins, PROMPT[:stop], 4)
         torch.testing.assert_close(torch.log_softmax(output.logits[0, -1], dim=-1), expected, **CLOSE)
 
@@ -400,7 +400,7 @@ def test_continue_with_the_returned_cache(name: str, kv_mode: str) -> None:
     model = trained_twins(name, kv_mode).model
     whole = with_cache(model, PROMPT, 12).sequences[0].tolist()
     first = with_cache(model, PROMPT, 5)
-    second = with_cache(model, first.sequences[0].tolist(), 7, past_key_values=first.past_key_values)
+    second = with_cache(model, first.sequences[0].tolist(), 7, **{CACHE_NAME: first[CACHE_NAME]})
     assert second.sequences[0].tolist() == whole
 
 
@@ -410,7 +410,7 @@ def test_a_further_turn_on_the_returned_cache(name: str, kv_mode: str) -> None:
     model = trained_twins(name, kv_mode).model
     first = with_cache(model, PROMPT, 5)
     turn = first.sequences[0].tolist() + random_ids(6, seed=43)
-    second = with_cache(model, turn, 5, past_key_values=first.past_key_values)
+    second = with_cache(model, turn, 5, **{CACHE_NAME: first[CACHE_NAME]})
     assert second.sequences.tolist() == with_cache(model, turn, 5).sequences.tolist()
 
 
@@ -421,7 +421,7 @@ def test_shared_mode_switches_adapters_in_the_middle() -> None:
     for weights in ({"polite": 1.0}, {"default": -1.0, "polite": 2.0}):
         fresh = with_cache(twins.model, ids, 4, adapters=weights)
         first = with_cache(twins.model, PROMPT, 5)
-        joined = with_cache(twins.model, ids, 4, adapters=weights, past_key_values=first.past_key_values)
+        joined = with_cache(twins.model, ids, 4, adapters=weights, **{CACHE_NAME: first[CACHE_NAME]})
         assert joined.sequences.tolist() == fresh.sequences.tolist()
 
 
@@ -431,7 +431,7 @@ def test_an_adapter_cannot_join_in_the_middle(kv_mode: str) -> None:
     first = with_cache(twins.model, PROMPT, 3)
     ids = first.sequences[0].tolist()
     with pytest.raises(ValueError, match="'polite' has no K/V of its own"):
-        with_cache(twins.model, ids, 3, adapters={"polite": 1.0}, past_key_values=first.past_key_values)
+        with_cache(twins.model, ids, 3, adapters={"polite": 1.0}, **{CACHE_NAME: first[CACHE_NAME]})
 
 
 @pytest.mark.parametrize("kv_mode", ["separate", "prompt"])
@@ -440,10 +440,10 @@ def test_an_adapter_cannot_come_back_after_a_pause(kv_mode: str) -> None:
     twins = two_adapters(kv_mode)
     both = {"default": 1.0, "polite": 1.0}
     first = with_cache(twins.model, PROMPT, 3, adapters=both)
-    second = with_cache(twins.model, first.sequences[0].tolist(), 3, past_key_values=first.past_key_values)
+    second = with_cache(twins.model, first.sequences[0].tolist(), 3, **{CACHE_NAME: first[CACHE_NAME]})
     ids = second.sequences[0].tolist()
     with pytest.raises(ValueError, match="'polite'"):
-        with_cache(twins.model, ids, 3, adapters=both, past_key_values=second.past_key_values)
+        with_cache(twins.model, ids, 3, adapters=both, **{CACHE_NAME: second[CACHE_NAME]})
 
 
 @pytest.mark.parametrize("kv_mode", ["separate", "shared"])

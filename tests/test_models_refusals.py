@@ -12,11 +12,12 @@ import torch
 import transformers
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny import MODES, PAD, PAIRS, lora_config, make_twins, packed, random_ids, tiny_base
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 import fastqadapter as fqa
+from references import CACHE_NAME
+from tiny import MODES, PAD, PAIRS, lora_config, make_twins, packed, random_ids, tiny_base
 
 PROMPT = torch.tensor([random_ids(6, seed=60)])
 each_mode = pytest.mark.parametrize("kv_mode", MODES)
@@ -263,7 +264,7 @@ def test_models_without_an_lm_head() -> None:
         ({"alpha_0": -0.5}, "alpha_0=-0.5"),
         ({"alpha_0": float("nan")}, "alpha_0=nan"),
         ({"cache_implementation": "static"}, "cache_implementation='static'.*leave it out"),
-        ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache"),
+        ({CACHE_NAME: DynamicCache()}, f"{CACHE_NAME} is a DynamicCache"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True is not available"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions=True is not available"),
     ],
@@ -289,7 +290,7 @@ def test_refused_forward(kv_mode: str) -> None:
     model = make_twins("llama", kv_mode).model
     for inputs, reason in (
         ({"labels": PROMPT}, "labels are not used here.*PreferenceCollator"),
-        ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache"),
+        ({CACHE_NAME: DynamicCache()}, f"{CACHE_NAME} is a DynamicCache"),
         ({"output_attentions": True}, "output_attentions=True"),
         ({"output_hidden_states": True}, "output_hidden_states=True"),
         ({"input_ids": None}, "give input_ids or inputs_embeds"),
@@ -312,7 +313,7 @@ def test_prompt_mode_knows_where_the_prompt_ends() -> None:
     first = model.generate(PROMPT, max_new_tokens=2, do_sample=False, pad_token_id=PAD, return_dict_in_generate=True)
     turn = torch.cat([first.sequences, PROMPT], dim=1)
     with pytest.raises(ValueError, match="cannot take 7 tokens after the prompt at once"):
-        model.generate(turn, max_new_tokens=2, past_key_values=copy.deepcopy(first.past_key_values))
+        model.generate(turn, max_new_tokens=2, **{CACHE_NAME: copy.deepcopy(first[CACHE_NAME])})
 
 
 def test_batches_that_are_no_pairs() -> None:

@@ -15,6 +15,10 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import fastqadapter as fqa
 from tiny import (
     MODES,
     PAD,
@@ -27,10 +31,6 @@ from tiny import (
     randomise_adapter,
     tiny_base,
 )
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-import fastqadapter as fqa
 
 NUMBERS = {"alpha_0": 0.7, "alpha_tilde": 1.3, "gamma": 0.9, "beta": 0.1}
 PROMPT = torch.tensor([random_ids(9, seed=50)])

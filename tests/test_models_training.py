@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import fastqadapter as fqa
 from references import Branch, Weights, branches_of, preference_loss
 from tiny import (
     ARCHITECTURES,
@@ -27,9 +30,6 @@ from tiny import (
     randomise_adapter,
     tiny_base,
 )
-from torch import Tensor, nn
-
-import fastqadapter as fqa
 
 LOSS, GRADIENT = 5e-6, 5e-5
 NUMBERS = {"alpha_0": 0.7, "alpha_tilde": 1.3, "gamma": 0.9, "beta": 0.1}

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from soft_value_problem import BACKENDS, DTYPES, Problem, each_backend, each_dtype, float64, head_options, problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastqadapter import ops
+from soft_value_problem import BACKENDS, DTYPES, Problem, each_backend, each_dtype, float64, head_options, problem
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 LOG2, LOG3 = log(2), log(3)

@@ -8,10 +8,10 @@ from math import inf, nan
 
 import pytest
 import torch
-from soft_value_problem import Problem, each_dtype, head_options, problem
 from torch import Tensor
 
 from fastqadapter.testing import assert_close_to_truth
+from soft_value_problem import Problem, each_dtype, head_options, problem
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

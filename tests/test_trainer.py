@@ -12,13 +12,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import lora_parameters, tiny_base
 from transformers import TrainerCallback
-from words import save_base, word_rows, word_tokenizer
 
 import fastqadapter as fqa
 from fastqadapter.data import tokenize_rows
 from fastqadapter.trainer import NonFiniteLossError
+from tiny import lora_parameters, tiny_base
+from words import save_base, word_rows, word_tokenizer
 
 TOKENIZER = word_tokenizer()
 TESTS = Path(__file__).parent
@@ -194,7 +194,9 @@ def test_stops_at_the_first_non_finite_loss_with_step_rows_and_checkpoint(tmp_pa
     trainer = make_trainer(
         tmp_path, word_rows(8), num_train_epochs=2, save_strategy="steps", save_steps=2, callbacks=[Poison(3, value)]
     )
-    with pytest.raises(NonFiniteLossError, match=r"step 4 in rows row \d, row \d; last good checkpoint: .*checkpoint-2"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 4 in rows row \d, row \d; last good checkpoint: .*checkpoint-2"
+    ):
         trainer.train()
     saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())

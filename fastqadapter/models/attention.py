@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fastqadapter.config import KVMode
+from fastqadapter.models.cpu_attention import CpuAttentionFunction, rows_of
 from fastqadapter.ops.checks import accumulation_dtype
 from fastqadapter.packing import PackedPairs
 
@@ -37,6 +38,11 @@ class Segment:
         """Number of query rows and of key rows."""
         return self.queries.stop - self.queries.start, sum(part.stop - part.start for part in self.keys)
 
+    def is_causal_square(self, window: int | None) -> bool:
+        """Whether plain causal attention without a mask does it."""
+        queries, keys = self.sizes
+        return queries == keys and (window is None or window >= keys)
+
 
 class PackedAttention:
     """What the attention function needs in one pass: the segments, and which K/V the pass writes or reads.
@@ -50,6 +56,7 @@ class PackedAttention:
         self.kv_axis = kv_axis
         self.recorded = recorded
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+        self._additive: dict[tuple[int, int, int | None], Tensor] = {}
 
     def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(1, Hkv, T_kv, Dh) keys and values on the K/V axis of this pass."""
@@ -63,14 +70,25 @@ class PackedAttention:
             return base_key, base_value
         return torch.cat([base_key, key], dim=2), torch.cat([base_value, value], dim=2)
 
-    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    def mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
         """(queries, keys) bool, true where seen; built once a pass, not once a layer."""
-        shape = (queries, keys, window, device)
-        if shape not in self._masks:
+        queries, keys = segment.sizes
+        key = (queries, keys, window, device)
+        if key not in self._masks:
             distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
             seen = distance >= 0
-            self._masks[shape] = seen if window is None else seen & (distance < window)
-        return self._masks[shape]
+            self._masks[key] = seen if window is None else seen & (distance < window)
+        return self._masks[key]
+
+    def additive_mask(self, segment: Segment, window: int | None) -> Tensor | None:
+        """The same as 0 and -inf in fp32 on the CPU; None where the segment is square and causal."""
+        if segment.is_causal_square(window):
+            return None
+        key = (*segment.sizes, window)
+        if key not in self._additive:
+            seen = self.mask(segment, window, torch.device("cpu"))
+            self._additive[key] = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        return self._additive[key]
 
 
 def base_segments(batch: PackedPairs) -> list[Segment]:
@@ -132,23 +150,26 @@ def packed_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = packed.keys_and_values(layer, key, value)
     rule = _ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
-    half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+    if rule.is_plain and _half_on_cpu(query, values):
+        segments = [(each.queries, each.keys, packed.additive_mask(each, rule.window)) for each in packed.segments]
+        output = CpuAttentionFunction.apply(query, keys, values, segments, rule.scaling)
+        return output.transpose(1, 2), None
 
     def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        dtype = query.dtype
-        if rule.is_plain and half_on_cpu:
-            # torch 2.13's CPU kernel is slower in bf16: 0.61 ms forward and 3.15 ms backward against 0.53 and 1.3 in
-            # fp32 (9 heads of 64, 117 tokens, one Zen 4 core).
-            query, keys, values = query.float(), keys.float(), values.float()
         outputs = [_attend_segment(segment, query, keys, values, packed, rule) for segment in packed.segments]
-        return torch.cat(outputs, dim=2).to(dtype)
+        return torch.cat(outputs, dim=2)
 
-    if torch.is_grad_enabled() and query.requires_grad and (half_on_cpu or not rule.is_plain):
-        # Keep q, k, v as they came, and form the fp32 copies or the explicit scores again in the backward pass.
+    if torch.is_grad_enabled() and query.requires_grad and not rule.is_plain:
+        # Explicit scores are quadratic: form them again in the backward pass.
         output = checkpoint(attend, query, keys, values, use_reentrant=False, preserve_rng_state=False)
     else:
         output = attend(query, keys, values)
     return output.transpose(1, 2), None
+
+
+def _half_on_cpu(query: Tensor, values: Tensor) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.device.type == "cpu" and query.shape[-1] == values.shape[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,20 +192,13 @@ def _attend_segment(
 ) -> Tensor:  # (1, Hq, rows, Dv)
     """Attention of one segment's query rows over its key rows."""
     q = query[:, :, segment.queries]
-    k, v = _rows(keys, segment.keys), _rows(values, segment.keys)
-    queries, seen = segment.sizes
-    window = None if rule.window is None or rule.window >= seen else rule.window
-    if rule.is_plain and queries == seen and window is None:
+    k, v = rows_of(keys, segment.keys), rows_of(values, segment.keys)
+    if rule.is_plain and segment.is_causal_square(rule.window):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scaling, enable_gqa=True)
-    mask = packed.mask(queries, seen, window, query.device)
+    mask = packed.mask(segment, rule.window, query.device)
     if rule.is_plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scaling, enable_gqa=True)
     return _explicit_attention(q, k, v, mask, rule)
-
-
-def _rows(tensor: Tensor, parts: tuple[slice, ...]) -> Tensor:
-    pieces = [tensor[:, :, part] for part in parts if part.stop > part.start]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 def _explicit_attention(

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What transformers calls the KV cache in forwards, outputs and generate: "past_key_values" before 5.24, then "cache".
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class TwoStreamCache(DynamicCache):

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fastqadapter.config import QHead
 from fastqadapter.loss import LMHead
 from fastqadapter.models import base
-from fastqadapter.models.cache import TwoStreamCache
+from fastqadapter.models.cache import CACHE_NAME, TwoStreamCache
 from fastqadapter.models.streams import TwoStreams
 from fastqadapter.ops.checks import accumulation_dtype, check_alphas
 
@@ -113,7 +113,8 @@ class Policy:
         input_ids: Tensor | None = None,  # (B, L)
         attention_mask: Tensor | None = None,  # (B, past + L)
         position_ids: Tensor | None = None,  # (B, L)
-        past_key_values: TwoStreamCache | None = None,
+        past_key_values: TwoStreamCache | None = None,  # the name before transformers 5.24
+        cache: TwoStreamCache | None = None,  # the name since
         inputs_embeds: Tensor | None = None,  # (B, L, D)
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -121,8 +122,9 @@ class Policy:
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the customised policy, in the signature of a causal LM of transformers."""
-        self._refuse(labels, past_key_values, kwargs)
-        cache = TwoStreamCache(self.streams.decoder.config) if past_key_values is None else past_key_values
+        cache = past_key_values if cache is None else cache
+        self._refuse(labels, cache, kwargs)
+        cache = TwoStreamCache(self.streams.decoder.config) if cache is None else cache
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is None:
             raise ValueError("give input_ids or inputs_embeds")
@@ -137,14 +139,14 @@ class Policy:
             hidden_b = hidden_b[:, logits_to_keep]
             hidden_q = {name: hidden[:, logits_to_keep] for name, hidden in hidden_q.items()}
         logits = combined_logits(hidden_b, hidden_q, self.head, self.dials)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache is not False else None)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: None if use_cache is False else cache})
 
     def _refuse(self, labels: Tensor | None, cache: Any, kwargs: dict[str, Any]) -> None:
         if labels is not None:
             raise ValueError("labels are not used here: train with packed pairs, model(PreferenceCollator(...)(rows))")
         if cache is not None and not isinstance(cache, TwoStreamCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; the two streams need the cache that an earlier "
+                f"{CACHE_NAME} is a {type(cache).__name__}; the two streams need the cache that an earlier "
                 "generate(..., return_dict_in_generate=True) of this model returned"
             )
         for name in ("output_attentions", "output_hidden_states"):
@@ -199,12 +201,12 @@ class Policy:
             return self._run(step, cache)
 
     def _run(self, step: _Step, cache: Any) -> Tensor:
-        output = self.streams.decoder(**step.decoder_inputs(), past_key_values=cache, use_cache=True)
+        output = self.streams.decoder(**step.decoder_inputs(), **{CACHE_NAME: cache}, use_cache=True)
         return output.last_hidden_state
 
     def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Put the cache that `generate` starts with into `model_kwargs`."""
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         if given is not None:
             self._refuse(None, given, {})
             given._is_user_defined = True
@@ -220,7 +222,7 @@ class Policy:
             if generation_config.prefill_chunk_size is not None:
                 raise ValueError("kv_mode='prompt' does not support prefill_chunk_size: leave it out")
         if generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = TwoStreamCache(self.streams.decoder.config)
+            model_kwargs[CACHE_NAME] = TwoStreamCache(self.streams.decoder.config)
 
 
 @functools.cache

@@ -53,8 +53,9 @@ def choose(
     Raises:
         ValueError: an unknown backend, or a named one that cannot serve this call; with the reason.
     """
-    if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    asked = "backend"
+    if backend == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
+        asked, backend = ENVIRONMENT_VARIABLE, os.environ[ENVIRONMENT_VARIABLE]
     if backend == "auto":
         for name, implementation in implementations.items():
             reason = implementation.refusal(*args, **kwargs)
@@ -63,13 +64,13 @@ def choose(
             _log_refusal_once(op, name, reason)
         raise ValueError(f"no backend can serve this call of {op}")
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"{asked}={backend!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
     if backend not in implementations:
         reason = _ABSENT.get(backend) or f"it has no {op}"
     else:
         reason = implementations[backend].refusal(*args, **kwargs)
     if reason is not None:
-        raise ValueError(f"backend={backend!r} cannot serve {op}: {reason}")
+        raise ValueError(f"{asked}={backend!r} cannot serve {op}: {reason}")
     return implementations[backend].run
 
 
