@@ -164,6 +164,8 @@ def read_sidecar(path: str | Path) -> tuple[QAdapterConfig, dict[str, Any]]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, not {json.dumps(content)[:40]} ({type(content).__name__})")
         found = content.pop("format", None)
         if found != FORMAT:
             raise ValueError(
@@ -171,8 +173,10 @@ def read_sidecar(path: str | Path) -> tuple[QAdapterConfig, dict[str, Any]]:
             )
         content.pop("fastqadapter_version", None)
         base = content.pop("base", {})
+        if not isinstance(base, dict):
+            raise ValueError(f"base is not an object: {json.dumps(base)[:40]}")
         return QAdapterConfig.from_dict(content), base
-    except (ValueError, AttributeError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 

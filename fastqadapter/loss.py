@@ -66,9 +66,11 @@ def pair_transitions(batch: PackedPairs, config: QAdapterConfig) -> Transitions:
             branch_ends.append(len(states))
             actions += length + (0 if batch.pad_action is None else 1)
     device = batch.input_ids.device
-    # A shifted mask may leave a pair of one-token responses without any step; its mean of r^2 is 0.
-    counts = torch.tensor(branch_ends).diff().view(-1, 2).sum(dim=1).float().clamp(min=1.0)
-    squares_divisor = counts if config.regularizer == "pair" else torch.full_like(counts, counts.mean().item())
+    counts = torch.tensor(branch_ends).diff().view(-1, 2).sum(dim=1).float()
+    if config.regularizer == "batch":  # the mean over pairs of sum r^2 / (M / B) is sum r^2 / M
+        counts = counts.mean().expand_as(counts)
+    # A shifted mask may leave one-token responses without any step; their mean of r^2 is 0.
+    squares_divisor = torch.where(counts == 0, 1.0, counts)
 
     def index(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
@@ -191,5 +193,5 @@ def _taken(
     q_products = ops.taken_value(hidden_q.index_select(0, states), head.weight, actions, backend=backend)
     if head.softcap is None:
         return head.scale_and_cap(q_products, None if difference else bias), base_taken
-    q_taken = head.scale_and_cap(q_products, bias)
+    q_taken = head.scale_and_cap(q_products, bias) + 0.0 * q_products  # tanh would hide an infinity
     return (q_taken - base_taken if difference else q_taken), base_taken

@@ -144,9 +144,10 @@ def packed_attention(
     """
     if packed is None:
         raise ValueError(f"attention implementation {NAME!r} is for packed batches; it got none")
-    unsupported = [name for name in ("position_bias", "indices") if kwargs.get(name) is not None]
+    own_rules = {"attention_mask": attention_mask, **{name: kwargs.get(name) for name in ("position_bias", "indices")}}
+    unsupported = [name for name, value in own_rules.items() if value is not None]  # we ask the model for no mask
     if unsupported:
-        raise ValueError(f"packed training does not support {unsupported} of {type(module).__name__} yet")
+        raise ValueError(f"packed training does not support {unsupported} of {type(module).__name__}")
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = packed.keys_and_values(layer, key, value)
     rule = _ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ def lm_head_of(model: PreTrainedModel) -> LMHead:
 
 @torch.no_grad()
 def check_lm_head(model: PreTrainedModel, decoder: PreTrainedModel, head: LMHead) -> None:
-    """Compare the head as we understand it with the model's own logits on one token.
+    """Compare the head as we understand it with the model's own logits on a few tokens.
 
     Architectures rescale or cap their logits in ways of their own; one that we do not know must not pass unnoticed.
 
@@ -76,10 +77,16 @@ def check_lm_head(model: PreTrainedModel, decoder: PreTrainedModel, head: LMHead
     """
     if head.weight.is_meta:
         return
-    token = torch.zeros((1, 1), dtype=torch.int64, device=head.weight.device)
-    expected = model(input_ids=token, use_cache=False).logits[0, -1].float()
-    hidden = decoder(input_ids=token, use_cache=False).last_hidden_state[0, -1:]
-    products = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight)[0].float()
+    # Several: the embedding of a padding token may be all zeros, and its logits too.
+    tokens = torch.arange(min(8, head.weight.shape[0]), device=head.weight.device)[None]
+    outputs: list[Any] = []
+    handle = decoder.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        expected = model(input_ids=tokens, use_cache=False).logits[0].float()
+    finally:
+        handle.remove()
+    hidden = outputs[-1].last_hidden_state[0]
+    products = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight).float()
     ours = head.scale_and_cap(products, None if head.bias is None else head.bias.float())
     tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2
     if not torch.allclose(ours, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
@@ -99,6 +106,15 @@ def check_packable(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
     others = sorted(set(getattr(config, "layer_types", None) or ()) - PACKABLE_LAYER_TYPES)
     if others:
         raise ValueError(f"{type(model).__name__} has layers of type {others}; packed training knows full and sliding")
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raise a ValueError if the model carries adapters already: then it is no frozen base."""
+    if isinstance(model, PeftModel) or any(True for _ in tuner_layers(model)):
+        raise ValueError(
+            f"the base model ({type(model).__name__}) has adapters on it already; give the plain causal LM (further "
+            "Q-Adapters go on a QAdapterModel by load_adapter or add_adapter)"
+        )
 
 
 def silence_dropout(model: nn.Module) -> None:
@@ -152,38 +168,46 @@ def check_targets(model: PreTrainedModel, kv_mode: KVMode) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in adapted:
             raise ValueError(
-                f"{name!r} of the base model would be trained; the base is frozen here: leave modules_to_save, "
-                "trainable_token_indices and bias out of the PEFT config"
+                f"{name!r} of the base model would be trained; the base is frozen here: target linear layers alone"
             )
 
 
+def unwrap_bare_layers(model: nn.Module) -> None:
+    """Put the base's own module back where PEFT's wrapper holds no adapter any more."""
+    for name, module in list(tuner_layers(model)):
+        if not any(len(getattr(module, attribute)) for attribute in module.adapter_layer_names):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+
+
 def first_adapted_layer(layers: nn.ModuleList) -> int:
-    """Index of the lowest decoder layer with an adapter: below it both streams are one, the trunk."""
+    """Index of the lowest decoder layer with an adapter: below it both streams are one, the trunk. Their number where
+    there is none."""
     for index, layer in enumerate(layers):
         if any(isinstance(module, BaseTunerLayer) for module in layer.modules()):
             return index
-    raise ValueError("no decoder layer has an adapter")
+    return len(layers)
 
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a base model: architecture, shape, and hashes of samples of its weights.
 
-    The samples are rounded to bf16 first, so the same weights loaded in fp32, bf16 or fp16 agree. `body` is None for a
-    quantised base, whose linear weights are packed; then the embeddings and norms alone are compared.
+    `head` is of embeddings, LM head and norms, `body` of the matrices; `body` is None for a quantised base, whose
+    matrices are packed. Each is two hashes, see `_WeightHash`.
     """
     config = model.config.get_text_config(decoder=True)
-    head, body = hashlib.sha256(), hashlib.sha256()
+    head, body = _WeightHash(), _WeightHash()
     packed = False
-    embeddings = model.get_input_embeddings().weight
-    head.update(_sample(embeddings[: min(256, embeddings.shape[0])]))
+    for embeddings in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        head.update(embeddings[: min(256, embeddings.shape[0])])
     for name, parameter in decoder_layers(decoder_of(model)).named_parameters():
         if any(part.startswith("lora_") for part in name.split(".")):
             continue
         if parameter.dim() < 2:
-            head.update(_sample(parameter))
+            head.update(parameter)
         elif parameter.is_floating_point():
-            body.update(_sample(parameter[:2]))
+            body.update(parameter[:2])
         else:
             packed = True
     return {
@@ -191,24 +215,41 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "name_or_path": str(model.config.name_or_path),
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
-        "head": head.hexdigest()[:16],
-        "body": None if packed else body.hexdigest()[:16],
+        "head": head.digests(),
+        "body": None if packed else body.digests(),
     }
 
 
-def _sample(tensor: Tensor) -> bytes:
-    flat = tensor.reshape(-1)
-    sample = flat[:: max(1, flat.numel() // 1024)].to(torch.bfloat16).cpu()
-    return sample.view(torch.int16).numpy().tobytes()
+class _WeightHash:
+    """Hashes of samples of weights, that know the same weights again after they were loaded in another dtype.
+
+    One is of the values rounded to bf16; the other of those rounded to fp16 on the way, which is what a base loaded in
+    fp16 shows. The same weights in fp32, bf16 or fp16 have at least one of the two in common.
+    """
+
+    def __init__(self) -> None:
+        self._direct, self._by_fp16 = hashlib.sha256(), hashlib.sha256()
+
+    def update(self, tensor: Tensor) -> None:
+        flat = tensor.reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 1024)].cpu()
+        for digest, values in ((self._direct, sample), (self._by_fp16, sample.to(torch.float16))):
+            digest.update(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+
+    def digests(self) -> list[str]:
+        return [digest.hexdigest()[:16] for digest in (self._direct, self._by_fp16)]
 
 
 def check_same_base(trained_on: dict[str, Any], found: dict[str, Any], adapter: str) -> None:
     """Raise a ValueError that names the difference if an adapter was trained on another base."""
     for key in ("architecture", "hidden_size", "num_hidden_layers", "head", "body"):
         expected, actual = trained_on.get(key), found[key]
-        if expected is not None and actual is not None and expected != actual:
-            what = "weights" if key in ("head", "body") else key
+        if expected is None or actual is None:
+            continue
+        hashed = key in ("head", "body")
+        if not (set(expected) & set(actual) if hashed else expected == actual):
             raise ValueError(
                 f"adapter {adapter!r} was trained on another base model ({trained_on.get('name_or_path')!r}): its "
-                f"{what} differ ({expected!r}, here {actual!r}); load that base, or pass force=True"
+                f"{'weights' if hashed else key} differ ({expected!r}, here {actual!r}); load that base, or pass "
+                "force=True"
             )

@@ -26,6 +26,7 @@ class TwoStreamCache(DynamicCache):
         self.config = config
         self.q_caches: dict[str, DynamicCache] = {}
         self._visible: dict[int, tuple[Tensor, Tensor]] = {}
+        self._records_past = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -52,22 +53,37 @@ class TwoStreamCache(DynamicCache):
         """The Q stream's own cache, made empty at the start of a sequence.
 
         Raises:
-            ValueError: the sequence has begun without this adapter.
+            ValueError: the adapter was not there for all of the sequence so far.
         """
-        if adapter not in self.q_caches:
-            if self.get_seq_length() > 0:
-                raise ValueError(
-                    f"adapter {adapter!r} has no K/V of its own for the {self.get_seq_length()} tokens in this cache: "
-                    "start with a fresh cache (an adapter can join in the middle with kv_mode='shared' alone)"
-                )
-            self.q_caches[adapter] = DynamicCache(config=self.config)
-        return self.q_caches[adapter]
+        seen = self.get_seq_length()
+        if adapter not in self.q_caches and seen == 0:
+            self._adopt(adapter, DynamicCache(config=self.config))
+        own = self.q_caches.get(adapter)
+        if own is None or own.get_seq_length() != seen:
+            found = "no K/V of its own" if own is None else f"K/V of its own for only {own.get_seq_length()}"
+            raise ValueError(
+                f"adapter {adapter!r} has {found} of the {seen} tokens in this cache: start with a fresh cache (an "
+                "adapter can join or pause in the middle with kv_mode='shared' alone)"
+            )
+        return own
 
     def fork(self, adapter: str) -> None:
         """Let the Q stream go on from the base K/V of everything seen so far (`prompt` mode)."""
         forked = DynamicCache(config=self.config)
         forked.layers = [copy.copy(layer) for layer in self.layers]  # layers grow by concatenation, never in place
-        self.q_caches[adapter] = forked
+        self._adopt(adapter, forked)
+
+    def _adopt(self, adapter: str, cache: DynamicCache) -> None:
+        self.q_caches[adapter] = cache
+        if self._records_past:
+            cache.activate_past_recording()
+
+    def activate_past_recording(self) -> None:
+        """Keep what sliding layers would forget, so that `crop` can take tokens back (assisted decoding)."""
+        super().activate_past_recording()
+        self._records_past = True
+        for cache in self.q_caches.values():
+            cache.activate_past_recording()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

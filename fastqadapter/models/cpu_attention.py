@@ -48,7 +48,7 @@ class CpuAttentionFunction(torch.autograd.Function):
         g, q, k, v, out = (tensor.float() for tensor in (grad, query, keys, values, result))
         need_keys = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grad_q = torch.empty_like(q)
-        grad_k, grad_v = (torch.zeros_like(k), torch.zeros_like(v)) if need_keys else (None, None)
+        grad_k, grad_v = (torch.zeros_like(each) if need_keys else each.new_empty(0) for each in (k, v))
         for (rows, key_rows, mask), lse in zip(ctx.segments, lses, strict=True):
             arguments = (g[:, :, rows], q[:, :, rows], rows_of(k, key_rows), rows_of(v, key_rows), out[:, :, rows], lse)
             parts = _backward(*arguments, 0.0, mask is None, attn_mask=mask, scale=ctx.scaling)
@@ -56,8 +56,8 @@ class CpuAttentionFunction(torch.autograd.Function):
             if need_keys:
                 _add_rows(grad_k, key_rows, parts[1])
                 _add_rows(grad_v, key_rows, parts[2])
-        grads = (None if each is None else each.to(query.dtype) for each in (grad_q, grad_k, grad_v))
-        return *grads, None, None
+        needed = zip((grad_q, grad_k, grad_v), ctx.needs_input_grad, strict=False)
+        return *(each.to(query.dtype) if need else None for each, need in needed), None, None
 
 
 def _add_rows(total: Tensor, parts: Sequence[slice], rows: Tensor) -> None:

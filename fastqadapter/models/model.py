@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, PeftType, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
@@ -57,18 +57,22 @@ class QAdapterModel(PeftModelForCausalLM):
         **kwargs: Any,
     ):
         config = qadapter_config or QAdapterConfig()
+        base.check_bare(model)
         decoder = base.decoder_of(model)
         base.check_packable(model, decoder)
         base.check_lm_head(model, decoder, base.lm_head_of(model))
-        base.silence_dropout(model)
         identity = base.fingerprint(model)
         peft_config = _checked_peft_config(model, peft_config, config.kv_mode)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(model, peft_config, adapter_name, **kwargs)
         try:
             base.check_targets(model, config.kv_mode)
         except ValueError:
             self.base_model.unload()  # leave the user's model as it was
+            for parameter in trainable:
+                parameter.requires_grad_(True)
             raise
+        base.silence_dropout(model)
         self.base_identity = identity
         self.qadapter_configs = {adapter_name: config}
         self.streams = TwoStreams(model, config.kv_mode)
@@ -175,14 +179,24 @@ class QAdapterModel(PeftModelForCausalLM):
                 f"adapter {str(model_id)!r} was trained with kv_mode={config.kv_mode!r}, this model runs "
                 f"kv_mode={self.streams.kv_mode!r}; load it on a base model of its own"
             )
+        known = adapter_name in self.peft_config
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        try:
+            _check_complete(result, model_id)
+        except ValueError:
+            if not known:
+                self.delete_adapter(adapter_name)
+            raise
         self.qadapter_configs[adapter_name] = config
         self.streams.refresh()
         return result
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's `delete_adapter`; layers that no adapter is left on are the base's own again."""
         super().delete_adapter(adapter_name)
+        base.unwrap_bare_layers(self.get_base_model())
         self.qadapter_configs.pop(adapter_name, None)
+        self.streams.refresh()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """PEFT's `save_pretrained`, with the sidecar `qadapter_config.json` beside each adapter's files."""
@@ -242,7 +256,7 @@ class QAdapterModel(PeftModelForCausalLM):
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
         # Base and mode are checked above; PEFT's own method fills the weights in.
-        super(QAdapterModel, loaded).load_adapter(
+        result = super(QAdapterModel, loaded).load_adapter(
             str(model_id),
             adapter_name,
             is_trainable=is_trainable,
@@ -250,6 +264,11 @@ class QAdapterModel(PeftModelForCausalLM):
             autocast_adapter_dtype=autocast_adapter_dtype,
             **kwargs,
         )
+        try:
+            _check_complete(result, model_id)
+        except ValueError:
+            loaded.base_model.unload()
+            raise
         return loaded if is_trainable else loaded.eval()
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
@@ -300,8 +319,6 @@ def get_qadapter_model(
 def _load_base(model: PreTrainedModel | str) -> PreTrainedModel:
     if isinstance(model, str | os.PathLike):
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    if isinstance(model, PeftModelForCausalLM):
-        raise ValueError(f"the base model is a {type(model).__name__} already; give the plain causal LM")
     return model
 
 
@@ -318,6 +335,10 @@ def _checked_peft_config(model: PreTrainedModel, peft_config: PeftConfig, kv_mod
     for name in ("layer_replication", "alora_invocation_tokens"):
         if getattr(peft_config, name, None):
             raise ValueError(f"{name} is not supported: it changes the base stream; leave it out")
+    for name in ("modules_to_save", "trainable_token_indices", "bias"):
+        value = getattr(peft_config, name, None)
+        if value and value != "none":
+            raise ValueError(f"{name}={value!r}: weights of the frozen base would be trained; leave {name} out")
     if peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None):
         peft_config.target_modules = set(base.default_targets(model, kv_mode))
     if peft_config.task_type is None:
@@ -343,6 +364,13 @@ def _read_adapter_folder(
     return config
 
 
+def _check_complete(load_result: Any, model_id: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if weights were missing or left over: the adapter would be random in part."""
+    for problem, names in (("misses", load_result.missing_keys), ("has unknown", load_result.unexpected_keys)):
+        if names:
+            raise ValueError(f"{model_id}: the weight file {problem} {len(names)} weights, {names[0]!r} for one")
+
+
 def _locate(model_id: str | os.PathLike[str], filename: str, what: str, hub: dict[str, Any]) -> str:
     """Path of one file of a local folder or a hub repository."""
     folder = Path(model_id) / hub.get("subfolder", "")
@@ -353,9 +381,9 @@ def _locate(model_id: str | os.PathLike[str], filename: str, what: str, hub: dic
         raise ValueError(f"{folder}: {what} ({filename}) is missing: {hint}")
     try:
         return hf_hub_download(str(model_id), filename, **hub)
-    except EntryNotFoundError:
-        raise ValueError(f"{model_id}: {what} ({filename}) is missing: {hint}") from None
-    except (OSError, HFValidationError) as error:
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ValueError(f"{model_id}: {what} ({filename}) is missing: {hint}") from None
         reason = str(error).splitlines()[0]
         raise ValueError(f"{model_id}: neither a local folder nor a hub repository within reach ({reason})") from None
 

@@ -24,7 +24,7 @@ from fastqadapter.config import QHead
 from fastqadapter.loss import LMHead
 from fastqadapter.models import base
 from fastqadapter.models.cache import CACHE_NAME, TwoStreamCache
-from fastqadapter.models.streams import TwoStreams
+from fastqadapter.models.streams import TwoStreams, attributes
 from fastqadapter.ops.checks import accumulation_dtype, check_alphas
 
 
@@ -133,7 +133,8 @@ class Policy:
             position_ids = torch.arange(past, past + length, device=tokens.device).expand(tokens.shape[0], -1)
         rows = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else length
         step = _Step(tokens, attention_mask, position_ids)
-        hidden_b, hidden_q = self._hidden_states(step, cache, min(rows, length))
+        with self.streams.without_checkpointing():
+            hidden_b, hidden_q = self._hidden_states(step, cache, min(rows, length))
         cache.end_step()
         if isinstance(logits_to_keep, Tensor):
             hidden_b = hidden_b[:, logits_to_keep]
@@ -248,10 +249,10 @@ def _policy_class(cls: Any) -> Any:
 def customised(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedModel]:
     """`model` as the customised policy inside the context: its class is a subclass of its own, no module is copied."""
     cls: Any = type(model)
-    model.__class__ = _policy_class(cls)
-    model._fqa_policy = policy
+    if "_fqa_policy" not in model.__dict__:  # else a callback of `generate` asks for a policy while another one runs
+        model.__class__ = _policy_class(cls)
     try:
-        yield model
+        with attributes([model], _fqa_policy=policy):
+            yield model
     finally:
         model.__class__ = cls
-        del model._fqa_policy

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,29 +49,22 @@ class TwoStreams:
         PEFT's own `disable_adapter()` walks all modules and turns `requires_grad` of every adapter off and on again;
         the flag alone is enough here.
         """
-        before = [layer._disable_adapters for layer in self.tuner_layers]
-        for layer in self.tuner_layers:
-            layer._disable_adapters = True
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for layer, disabled in zip(self.tuner_layers, before, strict=True):
-                layer._disable_adapters = disabled
+        with torch.no_grad(), attributes(self.tuner_layers, _disable_adapters=True):
+            yield
 
     @contextlib.contextmanager
     def q_stream(self, adapter: str | None = None) -> Iterator[None]:
         """Adapters on; `adapter` alone where it is named, else the active one."""
-        before = [(layer._disable_adapters, layer._active_adapter) for layer in self.tuner_layers]
-        for layer in self.tuner_layers:
-            layer._disable_adapters = False
-            if adapter is not None:
-                layer._active_adapter = [adapter]
-        try:
+        active = {} if adapter is None else {"_active_adapter": [adapter]}
+        with attributes(self.tuner_layers, _disable_adapters=False, **active):
             yield
-        finally:
-            for layer, (disabled, active) in zip(self.tuner_layers, before, strict=True):
-                layer._disable_adapters, layer._active_adapter = disabled, active
+
+    @contextlib.contextmanager
+    def without_checkpointing(self) -> Iterator[None]:
+        """A checkpointed layer gets no cache from transformers, and the Q stream would read no K/V."""
+        checkpointed = [layer for layer in self.layers if getattr(layer, "gradient_checkpointing", False)]
+        with attributes(checkpointed, gradient_checkpointing=False):
+            yield
 
     def packed_hidden_states(self, batch: PackedPairs, adapter: str | None = None) -> tuple[Tensor, Tensor]:
         """Last hidden states of both streams at the state rows of a packed batch.
@@ -115,62 +108,73 @@ class TwoStreams:
         def wrap(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
             return lambda function, *args: checkpoint(functools.partial(as_q, function), *args)
 
-        layers = [layer for layer in self.layers if getattr(layer, "gradient_checkpointing", False)]
-        before = [layer._gradient_checkpointing_func for layer in layers]
-        for layer, checkpoint in zip(layers, before, strict=True):
-            layer._gradient_checkpointing_func = wrap(checkpoint)
-        try:
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                if getattr(layer, "gradient_checkpointing", False):
+                    checkpoint: Any = layer._gradient_checkpointing_func
+                    stack.enter_context(attributes([layer], _gradient_checkpointing_func=wrap(checkpoint)))
             yield
-        finally:
-            for layer, checkpoint in zip(layers, before, strict=True):
-                layer._gradient_checkpointing_func = checkpoint
 
     @contextlib.contextmanager
-    def _tap_trunk(self) -> Iterator[list[Tensor]]:
-        """Collect the hidden states (1, T, D) that enter the first adapted layer."""
-        tapped: list[Tensor] = []
+    def _tap_trunk(self) -> Iterator[list[Any]]:
+        """Collect what the last layer of the trunk hands on: hidden states (1, T, D), or a tuple that begins so."""
+        tapped: list[Any] = []
         if self.trunk_depth == 0:
             yield tapped
             return
-
-        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tapped.append(args[0] if args else kwargs["hidden_states"])
-
-        handle = self.layers[self.trunk_depth].register_forward_pre_hook(tap, with_kwargs=True)
+        last = self.layers[self.trunk_depth - 1]
+        handle = last.register_forward_hook(lambda module, args, output: tapped.append(output))
         try:
             yield tapped
         finally:
             handle.remove()
 
     @contextlib.contextmanager
-    def _start_above_trunk(self, trunk: list[Tensor], rows: Tensor | None) -> Iterator[None]:
-        """Make the trunk's layers hand their input on, and feed the first adapted layer the base's hidden states."""
+    def _start_above_trunk(self, trunk: list[Any], rows: Tensor | None) -> Iterator[None]:
+        """Make the trunk's layers hand their input on, and the last of them the base's hidden states instead."""
         if not trunk:
             yield
             return
-        hidden_states = trunk[0] if rows is None else trunk[0].index_select(1, rows)
+        [output] = trunk
+        above: Tensor = output[0] if isinstance(output, tuple) else output
+        above = above if rows is None else above.index_select(1, rows)
 
-        def skip(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return hidden
+        def as_output(hidden_states: Tensor) -> Any:
+            return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
 
-        def replace_input(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (hidden_states, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden_states}
+        def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return as_output(hidden_states)
 
-        handle = self.layers[self.trunk_depth].register_forward_pre_hook(replace_input, with_kwargs=True)
+        def enter(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            # Reentrant checkpointing wants an input that requires grad; `enable_input_require_grads` made one.
+            return as_output(above.detach().requires_grad_(hidden_states.requires_grad))
+
         # An instance attribute shadows the method; accelerate's device hooks may have set one already.
-        before = [layer.__dict__.get("forward") for layer in self.layers[: self.trunk_depth]]
-        for layer in self.layers[: self.trunk_depth]:
-            layer.forward = skip
-        try:
+        *lower, last = self.layers[: self.trunk_depth]
+        with (
+            attributes(lower, forward=skip, gradient_checkpointing=False),
+            attributes([last], forward=enter, gradient_checkpointing=False),
+        ):
             yield
-        finally:
-            handle.remove()
-            for layer, forward in zip(self.layers, before, strict=False):
-                if forward is None:
-                    del layer.forward
-                else:
-                    layer.forward = forward
+
+
+_MISSING = object()
+
+
+@contextlib.contextmanager
+def attributes(modules: Iterable[nn.Module], **values: Any) -> Iterator[None]:
+    """Set attributes on the instances inside the context, and put them back."""
+    modules = list(modules)
+    before = [{name: module.__dict__.get(name, _MISSING) for name in values} for module in modules]
+    try:
+        for module in modules:
+            for name, value in values.items():
+                setattr(module, name, value)
+        yield
+    finally:
+        for module, former in zip(modules, before, strict=True):
+            for name, value in former.items():
+                if value is not _MISSING:
+                    setattr(module, name, value)
+                elif name in module.__dict__:
+                    delattr(module, name)

@@ -130,7 +130,25 @@ def preference_loss(
         raise ValueError(f"values has shape {tuple(values.shape)}; expected (S,)")
     if q_taken.dtype != values.dtype or q_taken.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"q_taken is {q_taken.dtype}, values {values.dtype}; expected both float32 or both float64")
-    for name, tensor in (("values", values), ("pairs", pairs.value_rows)):
-        checks.check_device(name, tensor, q_taken, reference="q_taken")
+    checks.check_device("values", values, q_taken, reference="q_taken")
+    _check_pairs(pairs, q_taken)
     args = (q_taken, values, pairs, config.gamma, config.beta)
     return choose("preference_loss", IMPLEMENTATIONS, backend, *args)(*args)
+
+
+def _check_pairs(pairs: Pairs, q_taken: Tensor) -> None:
+    """Raise a ValueError unless the fields of `pairs` have the sizes, dtypes and the device that they must have."""
+    count = len(pairs)
+    for name, size, letters in (
+        ("branch_ends", 2 * count + 1, "2B + 1"),
+        ("divisor", count, "B"),
+        ("squares_divisor", count, "B"),
+    ):
+        shape = tuple(getattr(pairs, name).shape)
+        if shape != (size,):
+            raise ValueError(f"pairs.{name} has shape {shape}; expected ({letters},) = ({size},)")
+    for field in dataclasses.fields(pairs):
+        tensor = getattr(pairs, field.name)
+        if field.name in ("value_rows", "branch_ends") and tensor.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"pairs.{field.name} has dtype {tensor.dtype}; expected torch.int64 or torch.int32")
+        checks.check_device(f"pairs.{field.name}", tensor, q_taken, reference="q_taken")
