@@ -252,7 +252,7 @@ def write_tiny_wheel(path: Path) -> torch.Tensor:
     from tokenizers.pre_tokenizers import ByteLevel
 
     hidden, inner = 32, 48
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "In"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "In", "mo"]
     torch.manual_seed(0)
     embedding = torch.randn(len(tokens), hidden)
     matrices = {
@@ -279,7 +279,7 @@ def write_tiny_wheel(path: Path) -> torch.Tensor:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["I n"])
+    writer.add_token_merges(["I n", "m o"])  # older readers take a list of one for a string
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

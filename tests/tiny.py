@@ -52,6 +52,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
             "num_hidden_layers": 4,
             "sliding_window": 5,
             "layer_types": _SLIDING_FIRST,
+            "attn_implementation": "eager",  # transformers 5.16 takes SDPA, which drops the soft-cap
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 3.0,
             "query_pre_attn_scalar": 16,

@@ -160,6 +160,8 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
     logger.info("unpacking it, about 40 seconds: the tokenizer ...")
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    # As in the model's own tokenizer. The GGUF says so too, but transformers 5.16 reads 1, the start of a turn.
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|im_end|>"
     logger.info("... the weights ...")
     if hasattr(transformers, "GgufConfig"):  # newer versions else keep the weights in 4 bits, and refuse to save them
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class AddLowRankFunction(torch.autograd.Function):
@@ -34,6 +35,7 @@ class AddLowRankFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, low_rank, lora_a, lora_b = ctx.saved_tensors
         _, need_x, need_a, need_b, _ = ctx.needs_input_grad

@@ -182,7 +182,7 @@ class QAdapterModel(PeftModelForCausalLM):
         known = adapter_name in self.peft_config
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         try:
-            _check_complete(result, model_id)
+            _check_complete(result, model_id, adapter_name)
         except ValueError:
             if not known:
                 self.delete_adapter(adapter_name)
@@ -265,7 +265,7 @@ class QAdapterModel(PeftModelForCausalLM):
             **kwargs,
         )
         try:
-            _check_complete(result, model_id)
+            _check_complete(result, model_id, adapter_name)
         except ValueError:
             loaded.base_model.unload()
             raise
@@ -364,9 +364,11 @@ def _read_adapter_folder(
     return config
 
 
-def _check_complete(load_result: Any, model_id: str | os.PathLike[str]) -> None:
+def _check_complete(load_result: Any, model_id: str | os.PathLike[str], adapter_name: str) -> None:
     """Raise a ValueError if weights were missing or left over: the adapter would be random in part."""
-    for problem, names in (("misses", load_result.missing_keys), ("has unknown", load_result.unexpected_keys)):
+    # PEFT looks for the name anywhere in the key, and reports other adapters' weights too.
+    missing = [key for key in load_result.missing_keys if adapter_name in key.split(".")[-2:]]
+    for problem, names in (("misses", missing), ("has unknown", load_result.unexpected_keys)):
         if names:
             raise ValueError(f"{model_id}: the weight file {problem} {len(names)} weights, {names[0]!r} for one")
 
