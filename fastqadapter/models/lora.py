@@ -27,24 +27,25 @@ class AddLowRankFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, x, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
-        low_rank = x.flatten(0, -2) @ lora_a.to(x.dtype).T
-        ctx.save_for_backward(x, low_rank, lora_a, lora_b)
-        ctx.scaling = scaling
+        a, b = lora_a.to(y.dtype), lora_b.to(y.dtype)
+        low_rank = x.flatten(0, -2) @ a.T
+        ctx.save_for_backward(x, low_rank, a, b)
+        ctx.scaling, ctx.adapter_dtype = scaling, lora_a.dtype
         ctx.mark_dirty(y)
-        y.view(-1, y.shape[-1]).addmm_(low_rank, lora_b.to(y.dtype).T, alpha=scaling)
+        y.view(-1, y.shape[-1]).addmm_(low_rank, b.T, alpha=scaling)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, low_rank, lora_a, lora_b = ctx.saved_tensors
+        x, low_rank, a, b = ctx.saved_tensors
         _, need_x, need_a, need_b, _ = ctx.needs_input_grad
         grad_rows = grad.flatten(0, -2)
-        grad_low_rank = grad_rows @ (ctx.scaling * lora_b).to(grad.dtype)
-        grad_x = (grad_low_rank @ lora_a.to(grad.dtype)).view_as(x) if need_x else None
-        grad_a = (grad_low_rank.T @ x.flatten(0, -2)).to(lora_a.dtype) if need_a else None
+        grad_low_rank = (grad_rows @ b).mul_(ctx.scaling)
+        grad_x = (grad_low_rank @ a).view_as(x) if need_x else None
+        grad_a = (grad_low_rank.T @ x.flatten(0, -2)).to(ctx.adapter_dtype) if need_a else None
         # The thin factor first: (r, N) (N, D) is twice as fast as (D, N) (N, r).
-        grad_b = (low_rank.T @ grad_rows).T.to(lora_b.dtype) * ctx.scaling if need_b else None
+        grad_b = (low_rank.T @ grad_rows).T.to(ctx.adapter_dtype).mul(ctx.scaling) if need_b else None
         return grad, grad_x, grad_a, grad_b, None
 
 
