@@ -132,6 +132,16 @@ def test_generate_a_file_and_go_on_after_a_kill(workplace: Path, capsys) -> None
     assert "name another file" in fails(capsys, *argv)
 
 
+def test_prompts_in_one_batch_get_the_answers_they_get_alone(workplace: Path, capsys) -> None:
+    prompts = workplace / "unequal.txt"
+    prompts.write_text("w9\nw11 w12 w13 w14 w15\nw10 w20 w30\n")
+    argv = ["generate", "--adapter", str(workplace / "adapter"), "--prompts_file", str(prompts)]
+    for batch_size in (1, 3):
+        output = str(workplace / f"batch{batch_size}.jsonl")
+        assert run(capsys, *argv, "--output_file", output, "--batch_size", str(batch_size))[0] == 0
+    assert (workplace / "batch1.jsonl").read_text() == (workplace / "batch3.jsonl").read_text()
+
+
 def test_generate_mixes_adapters(workplace: Path, capsys) -> None:
     adapter = str(workplace / "adapter")
     argv = ["generate", "--prompt", "w9", "--max_new_tokens", "4", "--adapter", f"a={adapter}", f"b={adapter}"]

@@ -26,7 +26,7 @@ from fastqadapter.demo.preference import (
 from fastqadapter.demo.questions import OPEN_FAMILIES, UNSEEN_FAMILIES
 from fastqadapter.rows import read_rows
 
-PAIRS_SHA256 = "GOLDEN"
+PAIRS_SHA256 = "87d96e304acc8721c8e8682349deb6dc3ccb6c4e5f25e5c4c6135da7f0ead52d"
 
 
 def text(row: dict, column: str) -> str:

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from fastqadapter.commands.arguments import ArgumentError, ModelArguments, OneLineHfParser, load_model_and_tokenizer
 from fastqadapter.models import QAdapterModel
-
-Messages = list[dict[str, str]]
+from fastqadapter.prompts import Messages, encode_chats
 
 
 @dataclasses.dataclass
@@ -80,24 +79,14 @@ class Answerer:
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
 
     def __call__(self, chats: list[Messages], streamer: TextStreamer | None = None) -> list[str]:
         """The answer to each chat, whose last message is the user's."""
-        inputs = self._encode(chats)
+        inputs = encode_chats(self.tokenizer, chats)
         output = self.model.generate(
             **inputs.to(self.model.device), streamer=streamer, pad_token_id=self.tokenizer.pad_token_id, **self.options
         )
         return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    def _encode(self, chats: list[Messages]) -> Any:
-        if self.tokenizer.chat_template is None:
-            texts = ["\n".join(message["content"] for message in chat) for chat in chats]
-            return self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-        return self.tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True, padding_side="left"
-        )
 
 
 def main(argv: list[str]) -> None:

@@ -14,6 +14,7 @@ from fastqadapter.commands.arguments import ArgumentError, ModelArguments, OneLi
 from fastqadapter.config import QAdapterConfig
 from fastqadapter.data import read_rows
 from fastqadapter.models.model import trainable_parameters
+from fastqadapter.progress import show_metric_lines
 from fastqadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> None:
         peft_config=_lora_config(lora),
         qadapter_config=config,
     )
+    show_metric_lines(trainer)
     logger.info("training %s parameters, kv_mode=%s", f"{trainable_parameters(trainer.model):,}", config.kv_mode)
     trainer.train(resume_from_checkpoint=_checkpoint(args))
     trainer.save_model()

@@ -13,6 +13,7 @@ from fastqadapter.models import QAdapterModel
 from fastqadapter.models.base import lm_head_of
 from fastqadapter.models.policy import Dials, combined_logits
 from fastqadapter.packing import PackedPairs, pack
+from fastqadapter.prompts import encode_chats
 
 BASE: dict[str, float] = {"default": 0.0}
 
@@ -33,9 +34,7 @@ def answers(
     result: list[list[int]] = []
     for start in tqdm(range(0, len(prompts), batch_size), desc=description, disable=None, leave=False):
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True, padding_side="left"
-        ).to(model.device)
+        inputs = encode_chats(tokenizer, chats).to(model.device)
         output = model.generate(
             **inputs,
             adapters={"default": strength},
@@ -55,8 +54,7 @@ def pack_answers(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], ids
     groups = []
     for prompt, answer in zip(prompts, ids, strict=True):
         chat = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-        groups.append((encoded["input_ids"], [answer]))
+        groups.append((encode_chats(tokenizer, [chat])["input_ids"][0].tolist(), [answer]))
     return pack(groups)
 
 

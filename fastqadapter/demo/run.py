@@ -21,6 +21,7 @@ from fastqadapter.demo import measure
 from fastqadapter.demo.preference import conciseness, neutral_prompts, preference_pairs, sample_questions
 from fastqadapter.models import QAdapterModel, get_qadapter_model
 from fastqadapter.plots import plot_training
+from fastqadapter.progress import show_metric_lines
 from fastqadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def run_demo(
         eval_dataset=heldout_rows[: size.heldout_pairs],
         processing_class=tokenizer,
     )
+    show_metric_lines(trainer)
     neutral = neutral_prompts()[: size.questions]
     base_answers = measure.answers(
         adapted, tokenizer, neutral, 0.0, max_new_tokens=size.answer_tokens // 2, description="base policy"
@@ -114,6 +116,7 @@ def _training_arguments(checkpoints: Path, seed: int, size: Size) -> QAdapterTra
         save_steps=20,
         save_total_limit=1,
         report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),  # else torch warns
         seed=seed,
     )
 
