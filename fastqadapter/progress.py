@@ -39,7 +39,7 @@ def metric_line(logs: Mapping[str, float]) -> str:
     """`loss 0.4542  accuracy 1  margin 0.6397`, after "held out" for metrics of an evaluation; "" without any."""
     prefix = "eval_" if "eval_loss" in logs else ""
     parts = [f"{name} {logs[prefix + key]:.4g}" for key, name in SHOWN.items() if prefix + key in logs]
-    return "  ".join(["held out:", *parts] if prefix and parts else parts)
+    return ("held out: " if prefix and parts else "") + "  ".join(parts)
 
 
 def show_metric_lines(trainer: Trainer) -> None:
