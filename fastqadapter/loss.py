@@ -18,6 +18,11 @@ from fastqadapter.ops.preference_loss import Pairs, branch_sums
 from fastqadapter.packing import GroupLayout, PackedPairs
 
 
+class NonFiniteLossError(RuntimeError):
+    """A loss, a gradient or a weight became NaN or infinite; the message names the step, the rows and the last
+    checkpoint."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LMHead:
     """The frozen LM head: `logits = cap(logit_scale (W h + bias))`, where `cap(x) = softcap tanh(x / softcap)`."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,18 +20,20 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 
-from fastqadapter.config import QAdapterConfig
+from fastqadapter.config import CONFIG_NAME, QAdapterConfig, read_sidecar
 from fastqadapter.data import PreferenceCollator, TokenizedRows, tokenize_rows
+from fastqadapter.loss import NonFiniteLossError
 from fastqadapter.models import QAdapterModel, QAdapterOutput, get_qadapter_model
+from fastqadapter.monitor import FiniteGuard, PairMeans, check_finite_weights
 from fastqadapter.packing import PackedPairs
 
+__all__ = ["NonFiniteLossError", "QAdapterTrainer", "QAdapterTrainingArguments"]
+
+logger = logging.getLogger(__name__)
+
 Rows = Iterable[Mapping[str, Any]]
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step, the rows and the last checkpoint."""
 
 
 @dataclasses.dataclass
@@ -64,27 +68,6 @@ class QAdapterTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns=True would drop the preference columns; leave it False")
 
 
-class _PairMeans:
-    """Means over pairs of per-pair metrics, kept on the device until they are asked for."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[Tensor]] = collections.defaultdict(list)
-
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
-        for name, per_pair in metrics.items():
-            self.values[name].append(per_pair)
-
-    def pop(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The mean of each metric over all pairs and processes since the last call."""
-        means = {}
-        for name, parts in self.values.items():
-            values = torch.cat(parts).double()
-            total = gather(torch.stack([values.sum(), values.new_tensor(float(values.numel()))]).view(1, 2)).sum(dim=0)
-            means[name] = (total[0] / total[1]).item()
-        self.values.clear()
-        return means
-
-
 class QAdapterTrainer(Trainer):
     """Train a Q-Adapter on preference pairs.
 
@@ -96,12 +79,15 @@ class QAdapterTrainer(Trainer):
 
     Args:
         model: a causal LM, its folder or hub id, or a `QAdapterModel`.
+        ref_model: None, for TRL's sake: the reference is the base model itself, with its adapters off.
         args: `QAdapterTrainingArguments`.
         data_collator: default `PreferenceCollator`.
         train_dataset: rows `prompt/chosen/rejected` (a list, a `datasets.Dataset`, or `read_rows(path)`).
         eval_dataset: the same, or a dict of several.
         processing_class: the tokenizer; default: the one of the model.
+        compute_metrics: None, for TRL's sake: there are no predictions to hand over, all metrics are logged.
         callbacks, optimizers: as in Trainer.
+        quantization_config: for a model given by name.
         peft_config: a `LoraConfig` for a new adapter; default rank 8. Not with a `QAdapterModel`.
         qadapter_config: hyper-parameters of a new adapter; default `QAdapterConfig()`. Not with a `QAdapterModel`.
 
@@ -116,23 +102,26 @@ class QAdapterTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | QAdapterModel | str,
+        ref_model: None = None,
         args: QAdapterTrainingArguments | None = None,
         data_collator: Callable[[list[Any]], PackedPairs] | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
         qadapter_config: QAdapterConfig | None = None,
     ):
         args = args or QAdapterTrainingArguments()
-        if args.n_gpu > 1:
-            raise ValueError("several GPUs in one process (DataParallel) are not supported; use `accelerate launch`")
+        _check_unused(ref_model, compute_metrics)
+        _use_one_gpu(args)
         if processing_class is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             processing_class = AutoTokenizer.from_pretrained(name)
-        model = _as_qadapter_model(model, qadapter_config, peft_config)
+        model = _as_qadapter_model(model, qadapter_config, peft_config, quantization_config)
         if args.disable_dropout:
             _disable_dropout(model)
 
@@ -161,7 +150,9 @@ class QAdapterTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` is called before transformers 5.19
-        self._means = {"train": _PairMeans(), "eval": _PairMeans()}
+        self._train_means, self._eval_means = PairMeans(), PairMeans()
+        self._finite_guard = FiniteGuard(self.accelerator.gather)
+        self.add_callback(self._finite_guard)
 
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, PackedPairs):
@@ -185,29 +176,44 @@ class QAdapterTrainer(Trainer):
         """Mean loss of the pairs, or their share of the mean over the whole optimizer step."""
         output: QAdapterOutput = model(inputs)
         assert output.loss is not None and output.metrics is not None
-        self._means["train" if model.training else "eval"].add(
-            {**output.metrics, "loss": output.loss.detach().expand(len(inputs))}
-        )
         loss = output.loss
+        if model.training:
+            self._train_means.add(output.metrics)
+            self._finite_guard.add(loss, inputs.sources)
         if num_items_in_batch is not None:
             loss = loss * (len(inputs) * self.accelerator.num_processes / num_items_in_batch)
         return (loss, output) if return_outputs else loss
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: PackedPairs,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """One forward and backward; stops before the optimizer can step on a loss that is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            checkpoint = get_last_checkpoint(self.args.output_dir) if self.args.output_dir else None
-            raise NonFiniteLossError(
-                f"loss {loss.item()} at step {self.state.global_step + 1} in rows {', '.join(inputs.sources)}; "
-                f"last good checkpoint: {checkpoint or 'none yet'}; lower learning_rate or look at these rows"
-            )
-        return loss
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's `train`.
+
+        Raises:
+            NonFiniteLossError: at the first loss or gradient that is NaN or infinite, before the optimizer steps.
+            ValueError: the checkpoint to resume from was trained with other hyper-parameters.
+        """
+        self._train_means.clear()
+        return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        sidecar = Path(resume_from_checkpoint) / CONFIG_NAME
+        if sidecar.is_file():
+            found, wanted = read_sidecar(sidecar)[0].to_dict(), self.model.qadapter_config.to_dict()
+            changed = [f"{name}={found[name]!r}, not {wanted[name]!r}" for name in found if found[name] != wanted[name]]
+            if changed:
+                raise ValueError(
+                    f"{resume_from_checkpoint} was trained with {'; '.join(changed)}: resume with the same, or start "
+                    "in another output_dir"
+                )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's `save_model`.
+
+        Raises:
+            NonFiniteLossError: a trained weight is NaN or infinite; nothing is written.
+        """
+        check_finite_weights(self.model, output_dir or str(self.args.output_dir))
+        super().save_model(output_dir, _internal_call)
 
     def prediction_step(
         self,
@@ -217,27 +223,53 @@ class QAdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, None, None]:
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss, output = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        # `gather_for_metrics` leaves out the rows that were repeated to give every process as many.
+        metrics = {name: self.accelerator.gather_for_metrics(values) for name, values in output.metrics.items()}
+        self._eval_means.add(metrics)
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; the metrics, the loss among them, are exact means over pairs."""
-        self._means["eval"].values.clear()
+        self._eval_means.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._means["eval"].pop(self.accelerator.gather)
+        means = self._eval_means.pop(lambda tensor: tensor)
+        means["loss"] = means["pref_loss"] + self.model.qadapter_config.beta * means["chi2_loss"]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            means = self._means["train"].pop(self.accelerator.gather)
-            logs = {**means, **logs}
+            logs = {**self._train_means.pop(self.accelerator.gather), **logs}
         super().log(logs, start_time)
 
 
+def _check_unused(ref_model: Any, compute_metrics: Any) -> None:
+    if ref_model is not None:
+        raise ValueError("ref_model is given: the reference is the base model with its adapters off; leave it out")
+    if compute_metrics is not None:
+        raise ValueError(
+            "compute_metrics is given, but no predictions are made: read the logged metrics, or use a callback"
+        )
+
+
+def _use_one_gpu(args: QAdapterTrainingArguments) -> None:
+    """Packed batches are not split over the GPUs of one process (DataParallel)."""
+    if args.n_gpu > 1:
+        logger.info("training on one of %d GPUs; `accelerate launch` uses them all", args.n_gpu)
+        args._n_gpu = 1
+
+
 def _as_qadapter_model(
-    model: PreTrainedModel | QAdapterModel | str, config: QAdapterConfig | None, peft_config: PeftConfig | None
+    model: PreTrainedModel | QAdapterModel | str,
+    config: QAdapterConfig | None,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
 ) -> QAdapterModel:
+    if quantization_config is not None:
+        if not isinstance(model, str):
+            raise ValueError("quantization_config is for a model given by name: quantise the model when you load it")
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", quantization_config=quantization_config)
     if isinstance(model, QAdapterModel):
         if config is not None or peft_config is not None:
             raise ValueError("the model is a QAdapterModel already: leave out peft_config and qadapter_config")

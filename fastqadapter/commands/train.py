@@ -13,7 +13,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from fastqadapter.commands.arguments import ArgumentError, ModelArguments, OneLineHfParser, load_model_and_tokenizer
 from fastqadapter.config import QAdapterConfig
 from fastqadapter.data import read_rows
-from fastqadapter.models.model import trainable_parameters
 from fastqadapter.progress import show_metric_lines
 from fastqadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments
 
@@ -71,7 +70,9 @@ def main(argv: list[str]) -> None:
         qadapter_config=config,
     )
     show_metric_lines(trainer)
-    logger.info("training %s parameters, kv_mode=%s", f"{trainable_parameters(trainer.model):,}", config.kv_mode)
+    logger.info(
+        "training %s parameters, kv_mode=%s", f"{trainer.model.get_nb_trainable_parameters()[0]:,}", config.kv_mode
+    )
     trainer.train(resume_from_checkpoint=_checkpoint(args))
     trainer.save_model()
     trainer.save_state()

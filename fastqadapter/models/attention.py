@@ -51,17 +51,26 @@ class PackedAttention:
     base rows followed by the own rows ("base+own").
     """
 
-    def __init__(self, segments: list[Segment], kv_axis: str, recorded: dict[int, tuple[Tensor, Tensor]] | None = None):
+    def __init__(
+        self,
+        segments: list[Segment],
+        kv_axis: str,
+        recorded: dict[int, tuple[Tensor, Tensor]] | None = None,
+        first_read: int = 0,
+    ):
         self.segments = segments
         self.kv_axis = kv_axis
         self.recorded = recorded
+        self.first_read = first_read  # K/V of the layers below are not recorded: nobody reads them
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
         self._additive: dict[tuple[int, int, int | None], Tensor] = {}
 
     def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(1, Hkv, T_kv, Dh) keys and values on the K/V axis of this pass."""
         if self.kv_axis == "own":
-            if self.recorded is not None:
+            if self.recorded is not None and layer >= self.first_read:
+                if layer in self.recorded:
+                    raise ValueError(f"layer {layer} attends twice, which kv_mode='prompt' and 'shared' cannot serve")
                 self.recorded[layer] = (key, value)
             return key, value
         assert self.recorded is not None

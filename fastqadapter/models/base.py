@@ -4,6 +4,7 @@ fingerprint that tells one base from another."""
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,23 +118,43 @@ def check_bare(model: nn.Module) -> None:
         )
 
 
-def silence_dropout(model: nn.Module) -> None:
-    """Switch off the dropout of the frozen base (`lora_dropout` stays): a noisy base is not the base."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0
+def train_adapters_only(model: PreTrainedModel, mode: bool) -> None:
+    """Training mode for the adapters alone: a base with dropout is noisy, and no longer the base.
+
+    The decoder and its layers take the mode too, since transformers checkpoints gradients in training mode alone; their
+    own dropout probabilities are set to 0.
+    """
+    model.train(mode)
+    decoder = decoder_of(model)
+    own_modules = [decoder, *decoder_layers(decoder)]
+    for module in own_modules:
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name):
+                setattr(module, name, 0.0)
+    keep = {id(module) for module in own_modules}
+    for _, layer in tuner_layers(model):
+        keep |= {id(module) for module in layer.modules()}
+        keep -= {id(module) for module in layer.get_base_layer().modules()}
+    for module in model.modules():
+        if id(module) not in keep:
+            module.training = False
 
 
-def default_targets(model: PreTrainedModel, kv_mode: KVMode) -> list[str]:
-    """LoRA targets where the user names none: all linear layers of the decoder layers, without K/V in `shared` mode."""
+def default_targets(model: PreTrainedModel, kv_mode: KVMode) -> set[str] | str:
+    """LoRA targets where the user names none: all linear layers of the decoder layers, without K/V in `shared` mode.
+
+    The last parts of their names; a regular expression where other modules, as of a vision tower, have the same names.
+    """
     forbidden = ROUTERS | (KV_MODULES if kv_mode == "shared" else frozenset())
+    layers = decoder_layers(decoder_of(model))
+    inside = {id(module) for module in layers.modules()}
     names = {
-        name.rpartition(".")[2]
-        for layer in decoder_layers(decoder_of(model))
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
-    return sorted(names - forbidden)
+        name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    } - forbidden
+    if any(name.rpartition(".")[2] in names and id(module) not in inside for name, module in model.named_modules()):
+        [prefix] = [name for name, module in model.named_modules() if module is layers]
+        return rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(names))})"
+    return names
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:

@@ -69,7 +69,7 @@ class LeanLoraLinear(LoraLinear):
             return None
         [adapter] = active
         dropout = self.lora_dropout[adapter]
-        noisy = self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+        noisy = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
         special = adapter in self.lora_variant or self.lora_B[adapter].bias is not None
         return None if noisy or special or torch.is_autocast_enabled(x.device.type) else adapter
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, PeftType, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -22,7 +23,7 @@ from fastqadapter.config import CONFIG_NAME, KVMode, QAdapterConfig, read_sideca
 from fastqadapter.loss import q_adapter_loss
 from fastqadapter.models import base
 from fastqadapter.models.policy import Dials, Policy, customised
-from fastqadapter.models.streams import TwoStreams
+from fastqadapter.models.streams import TwoStreams, check_servable
 from fastqadapter.packing import PackedPairs
 
 # Initialisations that rewrite the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) are not among these.
@@ -61,6 +62,7 @@ class QAdapterModel(PeftModelForCausalLM):
         decoder = base.decoder_of(model)
         base.check_packable(model, decoder)
         base.check_lm_head(model, decoder, base.lm_head_of(model))
+        check_servable(model, config.kv_mode)
         identity = base.fingerprint(model)
         peft_config = _checked_peft_config(model, peft_config, config.kv_mode)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -72,10 +74,11 @@ class QAdapterModel(PeftModelForCausalLM):
             for parameter in trainable:
                 parameter.requires_grad_(True)
             raise
-        base.silence_dropout(model)
         self.base_identity = identity
         self.qadapter_configs = {adapter_name: config}
+        self._adapters_are_off = False
         self.streams = TwoStreams(model, config.kv_mode)
+        self.train(self.training)
 
     @property
     def qadapter_config(self) -> QAdapterConfig:
@@ -97,7 +100,26 @@ class QAdapterModel(PeftModelForCausalLM):
         with customised(model, self._policy(None, None, None)):
             return model(**kwargs)
 
+    def train(self, mode: bool = True) -> QAdapterModel:
+        """Training mode for the adapter; the frozen base never runs with dropout."""
+        super().train(mode)
+        if hasattr(self, "streams"):
+            base.train_adapters_only(self.get_base_model(), mode)
+        return self
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """PEFT's `disable_adapter`: inside it this is the base model, `generate` and logits alike."""
+        before, self._adapters_are_off = self._adapters_are_off, True
+        try:
+            with super().disable_adapter():
+                yield
+        finally:
+            self._adapters_are_off = before
+
     def _preference_loss(self, batch: PackedPairs) -> QAdapterOutput:
+        if self._adapters_are_off:
+            raise ValueError("the loss of packed pairs needs the adapter: call the model outside of disable_adapter()")
         model = self.get_base_model()
         hidden_q, hidden_b = self.hidden_states(batch)
         loss, metrics = q_adapter_loss(hidden_q, hidden_b, base.lm_head_of(model), batch, self.qadapter_config)
@@ -118,8 +140,8 @@ class QAdapterModel(PeftModelForCausalLM):
         """transformers' `generate`, with the customised policy `softmax((q + alpha_0 log pi) / alpha_tilde)`.
 
         Args:
-            alpha_0: weight of the base policy; default: the active adapter's config.
-            alpha_tilde: temperature of the customised policy; default: the active adapter's config.
+            alpha_0: weight of the base policy; default: that of the adapter's config, of the active one's in a mixture.
+            alpha_tilde: temperature of the customised policy; default: the same.
             adapters: weight of each loaded adapter, any real number; `q = sum_i w_i q_i`, 0 is the base policy itself.
                 Default: the active adapter with weight 1.
             *args, **kwargs: everything else that the base model's `generate` takes.
@@ -132,7 +154,8 @@ class QAdapterModel(PeftModelForCausalLM):
             return model.generate(*args, **kwargs)
 
     def _policy(self, alpha_0: float | None, alpha_tilde: float | None, adapters: Mapping[str, float] | None) -> Policy:
-        config = self.qadapter_config
+        if self._adapters_are_off:
+            return Policy(self.get_base_model(), self.streams, Dials(alpha_0=1.0, alpha_tilde=1.0, weights={}))
         weights = {self.active_adapter: 1.0} if adapters is None else dict(adapters)
         unknown = sorted(set(weights) - set(self.peft_config))
         if unknown:
@@ -140,6 +163,8 @@ class QAdapterModel(PeftModelForCausalLM):
         for name, weight in weights.items():
             if not abs(weight) < float("inf"):
                 raise ValueError(f"adapters={{{name!r}: {weight!r}}}: the weight is not a finite number")
+        [*others, last] = weights or [self.active_adapter]
+        config = self.qadapter_config if others else self.qadapter_configs[last]
         heads = {self.qadapter_configs[name].q_head for name in weights}
         dials = Dials(
             alpha_0=config.alpha_0 if alpha_0 is None else alpha_0,
@@ -180,11 +205,12 @@ class QAdapterModel(PeftModelForCausalLM):
                 f"kv_mode={self.streams.kv_mode!r}; load it on a base model of its own"
             )
         known = adapter_name in self.peft_config
-        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         try:
-            _check_complete(result, model_id, adapter_name)
-        except ValueError:
-            if not known:
+            with _weight_errors(model_id):
+                result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+                _check_complete(result, model_id, adapter_name)
+        except Exception:
+            if not known and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
         self.qadapter_configs[adapter_name] = config
@@ -256,17 +282,18 @@ class QAdapterModel(PeftModelForCausalLM):
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
         # Base and mode are checked above; PEFT's own method fills the weights in.
-        result = super(QAdapterModel, loaded).load_adapter(
-            str(model_id),
-            adapter_name,
-            is_trainable=is_trainable,
-            torch_device=str(base.lm_head_of(model).weight.device),
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            **kwargs,
-        )
         try:
-            _check_complete(result, model_id, adapter_name)
-        except ValueError:
+            with _weight_errors(model_id):
+                result = super(QAdapterModel, loaded).load_adapter(
+                    str(model_id),
+                    adapter_name,
+                    is_trainable=is_trainable,
+                    torch_device=str(base.lm_head_of(model).weight.device),
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    **kwargs,
+                )
+                _check_complete(result, model_id, adapter_name)
+        except Exception:
             loaded.base_model.unload()
             raise
         return loaded if is_trainable else loaded.eval()
@@ -340,7 +367,7 @@ def _checked_peft_config(model: PreTrainedModel, peft_config: PeftConfig, kv_mod
         if value and value != "none":
             raise ValueError(f"{name}={value!r}: weights of the frozen base would be trained; leave {name} out")
     if peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None):
-        peft_config.target_modules = set(base.default_targets(model, kv_mode))
+        peft_config.target_modules = base.default_targets(model, kv_mode)
     if peft_config.task_type is None:
         peft_config.task_type = TaskType.CAUSAL_LM
     return peft_config
@@ -362,6 +389,16 @@ def _read_adapter_folder(
     if not force:
         base.check_same_base(trained_on, identity, str(model_id))
     return config
+
+
+@contextlib.contextmanager
+def _weight_errors(model_id: str | os.PathLike[str]) -> Iterator[None]:
+    """What a broken weight file raises, as a ValueError of one line."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{model_id}: its weights cannot be loaded: {reason}") from error
 
 
 def _check_complete(load_result: Any, model_id: str | os.PathLike[str], adapter_name: str) -> None:
@@ -388,8 +425,3 @@ def _locate(model_id: str | os.PathLike[str], filename: str, what: str, hub: dic
             raise ValueError(f"{model_id}: {what} ({filename}) is missing: {hint}") from None
         reason = str(error).splitlines()[0]
         raise ValueError(f"{model_id}: neither a local folder nor a hub repository within reach ({reason})") from None
-
-
-def trainable_parameters(model: torch.nn.Module) -> int:
-    """Number of parameters that receive a gradient."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -76,6 +77,10 @@ def combined_logits(
         q = head.scale_and_cap(F.linear(hidden.to(head.weight.dtype), head.weight).to(dtype), head.bias)
         logits = logits + dials.weights[name] * (q - base_logits if difference else q)
     return logits / dials.alpha_tilde
+
+
+# What `generate` passes on and changes nothing here: the output is an object always, positions come as position_ids.
+_IGNORED_INPUTS = frozenset({"return_dict", "cache_position", "tokenizer"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +155,10 @@ class Policy:
                 f"{CACHE_NAME} is a {type(cache).__name__}; the two streams need the cache that an earlier "
                 "generate(..., return_dict_in_generate=True) of this model returned"
             )
-        for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name):
-                raise ValueError(f"{name}=True is not available on the customised policy: it has two streams")
+        given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+        unknown = [f"{name}=True" if given[name] is True else name for name in given if name not in _IGNORED_INPUTS]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)} is not available on the customised policy: it has two streams")
 
     def _hidden_states(self, step: _Step, cache: TwoStreamCache, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Last hidden states (B, rows, D) of the last `rows` tokens in the base stream and in each Q stream."""
@@ -251,8 +257,11 @@ def customised(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedMod
     cls: Any = type(model)
     if "_fqa_policy" not in model.__dict__:  # else a callback of `generate` asks for a policy while another one runs
         model.__class__ = _policy_class(cls)
+    overrides: dict[str, Any] = {"_fqa_policy": policy}
+    if "forward" in model.__dict__:  # accelerate's hooks set one on the instance, which would shadow the policy's
+        overrides["forward"] = types.MethodType(type(model).forward, model)
     try:
-        with attributes([model], _fqa_policy=policy):
+        with attributes([model], **overrides):
             yield model
     finally:
         model.__class__ = cls

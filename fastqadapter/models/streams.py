@@ -22,7 +22,7 @@ from fastqadapter.config import KVMode
 from fastqadapter.models import base
 from fastqadapter.models.attention import PackedAttention, base_segments, packed_attention_of, q_segments
 from fastqadapter.models.lora import use_lean_lora
-from fastqadapter.packing import PackedPairs
+from fastqadapter.packing import PackedPairs, pack_pairs
 
 
 class TwoStreams:
@@ -74,7 +74,7 @@ class TwoStreams:
         """
         rows = batch.state_rows()
         recorded: dict[int, tuple[Tensor, Tensor]] | None = None if self.kv_mode == "separate" else {}
-        base_pass = PackedAttention(base_segments(batch), "own", recorded)
+        base_pass = PackedAttention(base_segments(batch), "own", recorded, first_read=self.trunk_depth)
         with packed_attention_of(self.decoder):
             with self.base_stream(), self._tap_trunk() as trunk:
                 hidden_b = self._run(batch.input_ids, batch.position_ids, base_pass)
@@ -156,6 +156,39 @@ class TwoStreams:
             attributes([last], forward=enter, gradient_checkpointing=False),
         ):
             yield
+
+
+@torch.no_grad()
+def check_servable(model: PreTrainedModel, kv_mode: KVMode) -> None:
+    """Run a few tokens packed and compare with the model's own forward: an architecture may attend in its own way.
+
+    Raises:
+        ValueError: the packed passes fail on this architecture, or compute something else.
+    """
+    streams = TwoStreams(model, kv_mode)
+    weight = model.get_input_embeddings().weight
+    if weight.is_meta:
+        return
+    streams.trunk_depth = 0  # without an adapter all layers would be trunk, and the Q pass empty
+    prompt, chosen, rejected = ([token % weight.shape[0] for token in part] for part in ((1, 2, 3), (4, 5, 6), (2, 4)))
+    batch = pack_pairs([(prompt, chosen, rejected)])
+    tokens = torch.tensor([prompt + chosen[:-1], prompt + rejected], device=weight.device)
+    name = type(model).__name__
+    try:
+        with attributes(model.modules(), training=False):
+            hidden_states = streams.decoder(input_ids=tokens, use_cache=False).last_hidden_state
+            hidden_q, hidden_b = streams.packed_hidden_states(batch.to(weight.device))
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        raise ValueError(f"{name} cannot be served with kv_mode={kv_mode!r}: {error}") from error
+    expected = torch.cat([hidden_states[0, 2:], hidden_states[1, 3:4]]).float()
+    tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1
+    for stream in (hidden_b, hidden_q):
+        difference = float((stream.float() - expected).abs().max() / expected.abs().max())
+        if not difference <= tolerance:
+            raise ValueError(
+                f"{name} attends in a way that packed passes do not know (relative difference {difference:.2g} with "
+                f"kv_mode={kv_mode!r}); please report the architecture"
+            )
 
 
 _MISSING = object()

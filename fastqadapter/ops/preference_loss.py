@@ -71,11 +71,10 @@ def preference_loss_ref(
     reward = rewards(q_taken, values, pairs, gamma)
     reward_sums = branch_sums(reward, pairs) / pairs.divisor[:, None].to(reward.dtype)
     margin = reward_sums[:, 0] - reward_sums[:, 1]
-    preference = -F.logsigmoid(margin)
-    squares = branch_sums(reward.square(), pairs).sum(dim=1) / pairs.squares_divisor.to(reward.dtype)
     # An infinite reward must not hide: -log sigmoid(inf) is 0, a wrong finite number, and 0 * inf is NaN.
-    poison = 0.0 * branch_sums(reward, pairs).sum(dim=1)
-    loss = (preference + beta * squares + poison).mean()
+    preference = -F.logsigmoid(margin) + 0.0 * branch_sums(reward, pairs).sum(dim=1)
+    squares = branch_sums(reward.square(), pairs).sum(dim=1) / pairs.squares_divisor.to(reward.dtype)
+    loss = (preference + beta * squares).mean()
 
     with torch.no_grad():
         counts = pairs.branch_ends.diff().view(-1, 2).sum(dim=1).clamp(min=1).to(reward.dtype)

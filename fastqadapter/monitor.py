@@ -1,0 +1,99 @@
+"""What is watched while a Q-Adapter trains: the metrics' means over pairs, and that nothing becomes NaN or infinite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from fastqadapter.loss import NonFiniteLossError
+
+Gather = Callable[[Tensor], Tensor]  # concatenates the tensors of all processes
+
+
+class PairMeans:
+    """Means over pairs of per-pair metrics, as running sums on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._pairs = 0
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Count the metrics of a micro-batch, (B,) each."""
+        for name, per_pair in metrics.items():
+            total = per_pair.float().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._pairs += next(iter(metrics.values())).shape[0]
+
+    def pop(self, gather: Gather) -> dict[str, float]:
+        """The mean of each metric over all pairs and processes since the last call."""
+        if not self._sums:
+            return {}
+        names, sums = list(self._sums), torch.stack(list(self._sums.values()))
+        totals = gather(torch.cat([sums, sums.new_tensor([float(self._pairs)])])[None]).sum(dim=0).tolist()
+        self.clear()
+        return {name: total / totals[-1] for name, total in zip(names, totals, strict=False)}
+
+    def clear(self) -> None:
+        self._sums, self._pairs = {}, 0
+
+
+class FiniteGuard(TrainerCallback):
+    """Stops training before the optimizer steps on a loss or a gradient that is not finite.
+
+    The losses wait on the device until then: one wait an optimizer step, not one a micro-batch.
+    """
+
+    def __init__(self, gather: Gather):
+        self._gather = gather
+        self._seen: list[tuple[Tensor, tuple[str, ...]]] = []
+
+    def add(self, loss: Tensor, sources: tuple[str, ...]) -> None:
+        """Remember the loss of a micro-batch, and the rows it came from."""
+        self._seen.append((loss.detach(), sources))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._seen.clear()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        seen, self._seen = self._seen, []
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if args.fp16:  # the gradient scaler skips a step with infinite gradients, and goes on with a smaller scale
+            norm = torch.zeros_like(norm)
+        numbers = torch.stack([*(loss for loss, _ in seen), norm.to(seen[0][0].dtype)])
+        # Every process must come to the same end, or the others wait for this one.
+        if bool(self._gather(torch.isfinite(numbers).all()[None]).all()):
+            return
+        *losses, gradient_norm = numbers.tolist()
+        bad = [(loss, rows) for loss, (_, rows) in zip(losses, seen, strict=True) if not _is_finite(loss)]
+        if bad:
+            what, rows = f"loss {bad[0][0]}", [row for _, rows in bad for row in rows]
+        elif not _is_finite(gradient_norm):
+            what, rows = f"gradient norm {gradient_norm}", [row for _, rows in seen for row in rows]
+        else:
+            what, rows = "loss not finite", ["those of another process"]
+        checkpoint = get_last_checkpoint(args.output_dir) if args.output_dir else None
+        raise NonFiniteLossError(
+            f"{what} at step {state.global_step + 1} in rows {', '.join(rows)}; "
+            f"last good checkpoint: {checkpoint or 'none yet'}; lower learning_rate or look at these rows"
+        )
+
+
+def check_finite_weights(model: nn.Module, folder: str) -> None:
+    """Raise a `NonFiniteLossError` if a trained weight is NaN or infinite, rather than save it."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise NonFiniteLossError(f"weight {name!r} is not finite, so {folder} is not written; lower learning_rate")
+
+
+def _is_finite(number: float) -> bool:
+    return abs(number) < float("inf")
