@@ -31,8 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
     _quieten()
-    from fastqadapter.trainer import NonFiniteLossError
-
+    try:
+        from fastqadapter.loss import NonFiniteLossError
+    except ImportError as error:
+        return _fail(f"fastqadapter {name}: {_one_line(error)}")
     try:
         importlib.import_module(f"fastqadapter.commands.{name}").main(rest)
     except (ValueError, OSError, ImportError) as error:

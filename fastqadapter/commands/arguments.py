@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,18 +11,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastqadapter.commands.parsing import ArgumentError, OneLineParser
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-
-
-class ArgumentError(ValueError):
-    """A mistake on the command line; the message is one line."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse without the page of usage before an error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ArgumentError(f"{message} (--help lists the options)")
 
 
 class OneLineHfParser(HfArgumentParser):
@@ -63,7 +54,7 @@ def _yaml_arguments(path: str) -> list[str]:
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        arguments += [f"--{name}", *(str(item) for item in values)]
+        arguments += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
     return arguments
 
 
@@ -96,4 +87,5 @@ def load_model_and_tokenizer(arguments: ModelArguments) -> tuple[PreTrainedModel
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ArgumentError(f"model_name_or_path={name!r} cannot be loaded: {reason}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    return model if placed or not torch.cuda.is_available() else model.to("cuda"), tokenizer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastqadapter.commands.arguments import ArgumentError, ModelArguments, OneLineParser, load_model_and_tokenizer
+from fastqadapter.commands.arguments import ModelArguments, load_model_and_tokenizer
+from fastqadapter.commands.parsing import ArgumentError, OneLineParser
 
 
 def main(argv: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from fastqadapter.commands.arguments import OneLineParser
+from fastqadapter.commands.parsing import OneLineParser
 from fastqadapter.environment import environment_report, format_report
 
 

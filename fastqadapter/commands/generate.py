@@ -14,7 +14,8 @@ from peft import PeftConfig
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from fastqadapter.commands.arguments import ArgumentError, ModelArguments, OneLineHfParser, load_model_and_tokenizer
+from fastqadapter.commands.arguments import ModelArguments, OneLineHfParser, load_model_and_tokenizer
+from fastqadapter.commands.parsing import ArgumentError
 from fastqadapter.models import QAdapterModel
 from fastqadapter.prompts import Messages, encode_chats
 
@@ -165,10 +166,23 @@ def _read_prompts(path: Path) -> list[str | Messages]:
     prompts = []
     for number, line in enumerate(lines, start=1):
         try:
-            prompts.append(json.loads(line)["prompt"])
+            prompt = json.loads(line)["prompt"]
         except (ValueError, TypeError, KeyError):
             raise ArgumentError(f"{path}: prompt {number} is no JSON object with a key 'prompt'") from None
+        if not _is_prompt(prompt):
+            raise ArgumentError(f"{path}: prompt {number} is neither a text nor a list of messages: {prompt!r:.60}")
+        prompts.append(prompt)
     return prompts
+
+
+def _is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    return bool(prompt) and isinstance(prompt, list) and all(_is_message(message) for message in prompt)
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _answer_file(answerer: Answerer, chats: list[Messages], arguments: GenerateArguments) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from peft import LoraConfig, TaskType
 from transformers.trainer_utils import get_last_checkpoint
 
-from fastqadapter.commands.arguments import ArgumentError, ModelArguments, OneLineHfParser, load_model_and_tokenizer
+from fastqadapter.commands.arguments import ModelArguments, OneLineHfParser, load_model_and_tokenizer
+from fastqadapter.commands.parsing import ArgumentError
 from fastqadapter.config import QAdapterConfig
 from fastqadapter.data import read_rows
 from fastqadapter.progress import show_metric_lines
@@ -96,23 +97,31 @@ def _lora_config(lora: LoraArguments) -> LoraConfig:
 
 def _load_rows(script: ScriptArguments, args: QAdapterTrainingArguments) -> tuple[Any, Any]:
     """Training rows, and held-out rows or None."""
+    train_rows = _rows_of("dataset_name", script.dataset_name, script.dataset_train_split, script, args)
+    if script.eval_dataset_name is not None:
+        name, split = script.eval_dataset_name, script.dataset_test_split
+        return train_rows, _rows_of("eval_dataset_name", name, split, script, args)
+    if args.eval_strategy == "no":
+        return train_rows, None
     if Path(script.dataset_name).is_file():
-        train_rows = read_rows(script.dataset_name, on_bad_row=args.on_bad_row)
-        eval_file = script.eval_dataset_name
-        return train_rows, None if eval_file is None else read_rows(eval_file, on_bad_row=args.on_bad_row)
-    if Path(script.dataset_name).suffix in (".json", ".jsonl"):
-        raise ArgumentError(f"dataset_name={script.dataset_name!r}: no such file")
+        raise ArgumentError(f"eval_strategy={args.eval_strategy.value!r} needs held-out rows: give --eval_dataset_name")
+    return train_rows, _rows_of("dataset_name", script.dataset_name, script.dataset_test_split, script, args)
+
+
+def _rows_of(option: str, name: str, split: str, script: ScriptArguments, args: QAdapterTrainingArguments) -> Any:
+    """The rows of a file, or of a split of a hub dataset."""
+    if Path(name).is_file():
+        return read_rows(name, on_bad_row=args.on_bad_row)
+    if Path(name).suffix in (".json", ".jsonl"):
+        raise ArgumentError(f"{option}={name!r}: no such file")
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ArgumentError(
-            f"dataset_name={script.dataset_name!r} is no file, and hub datasets need `pip install datasets`"
-        ) from None
-    splits = load_dataset(script.dataset_name, script.dataset_config)
-    if script.dataset_train_split not in splits:
-        raise ArgumentError(f"dataset_train_split={script.dataset_train_split!r} is not one of {sorted(splits)}")
-    held_out = splits.get(script.dataset_test_split) if args.eval_strategy != "no" else None
-    return splits[script.dataset_train_split], held_out
+        raise ArgumentError(f"{option}={name!r} is no file, and hub datasets need `pip install datasets`") from None
+    splits = load_dataset(name, script.dataset_config)
+    if split not in splits:
+        raise ArgumentError(f"{option}={name!r} has no split {split!r}; it has {sorted(splits)}")
+    return splits[split]
 
 
 def _checkpoint(args: QAdapterTrainingArguments) -> str | bool | None:
