@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,6 +150,56 @@ def test_generate_mixes_adapters(workplace: Path, capsys) -> None:
     argv = ["generate", "--prompt", "w9", "--max_new_tokens", "4", "--adapter", f"a={adapter}", f"b={adapter}"]
     assert run(capsys, *argv, "--weight", "0.5", "-0.25")[0] == 0
     assert "2 adapters: give one for each" in fails(capsys, *argv, "--weight", "1")
+
+
+def test_prompts_that_are_no_prompts(workplace: Path, capsys) -> None:
+    prompts = workplace / "bad.jsonl"
+    argv = ["generate", "--adapter", str(workplace / "adapter"), "--prompts_file", str(prompts)]
+    for bad in ("5", "[]", '[{"role": "user"}]', '" "'):
+        prompts.write_text(f'{{"prompt": {bad}}}\n')
+        assert "prompt 1 is neither a text nor a list of messages" in fails(capsys, *argv)
+
+
+def test_broken_weights_are_one_line(workplace: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(workplace / "adapter", tmp_path / "broken")
+    weights = tmp_path / "broken" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    assert "weights cannot be loaded" in fails(capsys, "generate", "--adapter", str(weights.parent), "--prompt", "w9")
+
+
+def test_a_template_that_refuses_the_system_message(workplace: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(workplace / "base", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}w9"
+    )
+    argv = ["generate", "--adapter", str(workplace / "adapter"), "--model_name_or_path", str(tmp_path / "base")]
+    assert "refuses a chat with the roles system, user" in fails(capsys, *argv, "--prompt", "w9", "--system", "w10")
+
+
+def test_yaml_holds_nested_options(workplace: Path, tmp_path: Path, capsys) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: 0.5}\n")
+    assert run(capsys, *train_arguments(workplace, str(tmp_path / "out"), "--config", str(config)))[0] == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    assert min(rates) > 0.5 * max(rates)
+
+
+def test_evaluation_without_held_out_rows_is_refused(workplace: Path, tmp_path: Path, capsys) -> None:
+    argv = train_arguments(workplace, str(tmp_path / "out"), "--eval_strategy", "steps")
+    assert "eval_strategy='steps' needs held-out rows: give --eval_dataset_name" in fails(capsys, *argv)
+    argv = train_arguments(workplace, str(tmp_path / "out"), "--eval_dataset_name", str(tmp_path / "none.jsonl"))
+    assert "eval_dataset_name=" in fails(capsys, *argv)
+
+
+def test_env_without_hugging_face(tmp_path: Path) -> None:
+    """The command that tells what is missing must run where it is."""
+    code = (
+        "import sys; sys.modules.update(transformers=None, peft=None, accelerate=None);"
+        "from fastqadapter.cli import main; sys.exit(main(['env']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "backend eager" in done.stdout and "Traceback" not in done.stderr
 
 
 def test_env(capsys) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -479,6 +481,47 @@ def test_prompt_lookup_decoding(name: str, kv_mode: str) -> None:
     prompt = PROMPT + PROMPT[:5]  # n-grams to find
     expected = generated(model, prompt, max_new_tokens=16)
     assert generated(model, prompt, max_new_tokens=16, prompt_lookup_num_tokens=3) == expected
+
+
+# --- what others do to a model ----------------------------------------------------------------------------------------
+
+
+@each_mode
+def test_device_hooks_do_not_bring_back_the_plain_adapter(kv_mode: str) -> None:
+    """accelerate sets `forward` on the instance (`device_map` over several devices), where it shadows the class's."""
+    expected = generated(trained_twins("llama", kv_mode).model, *PROMPTS, max_new_tokens=6)
+    model = make_twins("llama", kv_mode, **NUMBERS).model
+    dispatch_model(model.get_base_model(), {"": "cpu"}, force_hooks=True)
+    hooked = model.get_base_model().__dict__["forward"]
+    assert generated(model, *PROMPTS, max_new_tokens=6) == expected
+    assert model.get_base_model().__dict__["forward"] is hooked
+
+
+@each_mode
+def test_disable_adapter_is_the_base_model(kv_mode: str) -> None:
+    twins = make_twins("llama", kv_mode, **NUMBERS)
+    customised = generated(twins.model, PROMPT, max_new_tokens=6)
+    with twins.model.disable_adapter():
+        assert generated(twins.model, PROMPT, max_new_tokens=6) == generated(twins.base, PROMPT, max_new_tokens=6)
+        with pytest.raises(ValueError, match="disable_adapter"):
+            twins.model(packed(PAIRS, twins.model))
+    assert generated(twins.model, PROMPT, max_new_tokens=6) == customised
+
+
+def test_one_adapter_brings_its_own_alphas() -> None:
+    twins = two_adapters("shared")
+    model = twins.model
+    own = dataclasses.replace(model.qadapter_configs["polite"], alpha_0=0.3, alpha_tilde=1.7)
+    active = model.qadapter_configs["default"]
+    try:
+        model.qadapter_configs["polite"] = own
+        inputs = {"adapters": {"polite": 1.0}, "max_new_tokens": 8}
+        named = generated(model, PROMPT, **inputs)
+        assert named == generated(model, PROMPT, alpha_0=0.3, alpha_tilde=1.7, **inputs)
+        policy = model._policy(None, None, {"polite": 1.0, "default": 1.0})
+        assert (policy.dials.alpha_0, policy.dials.alpha_tilde) == (active.alpha_0, active.alpha_tilde)
+    finally:
+        model.qadapter_configs["polite"] = active
 
 
 # --- nothing is left behind -------------------------------------------------------------------------------------------

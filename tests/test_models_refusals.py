@@ -219,6 +219,16 @@ def test_attention_with_a_mask_of_its_own() -> None:
         model(packed(PAIRS, model))
 
 
+@pytest.mark.parametrize("kv_mode", ["prompt", "shared"])
+def test_a_layer_that_attends_twice(kv_mode: str) -> None:
+    """DiffLlama does: there are two K/V to record, and one place for them."""
+    settings = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 48}
+    base = transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**settings)).eval()
+    config = fqa.QAdapterConfig(kv_mode=kv_mode)
+    with pytest.raises(ValueError, match=f"DiffLlama.*cannot be served with kv_mode='{kv_mode}'.*attends twice"):
+        fqa.get_qadapter_model(base, config, lora())
+
+
 class ScaledLogits(transformers.LlamaForCausalLM):
     """Scales its logits in a way that no config tells."""
 
@@ -255,6 +265,7 @@ def test_models_without_an_lm_head() -> None:
 @pytest.mark.parametrize(
     ("dials", "reason"),
     [
+        ({"encoder_hidden_states": torch.zeros(1, 2, 3)}, "encoder_hidden_states is not available"),
         ({"adapters": {"unknown": 1.0}}, r"\['unknown'\] are not loaded; loaded are \['default'\]"),
         ({"adapters": {"default": float("inf")}}, "inf.*not a finite number"),
         ({"adapters": {"default": float("nan")}}, "nan.*not a finite number"),

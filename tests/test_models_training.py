@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import fastqadapter as fqa
@@ -355,6 +356,39 @@ def test_dropout_of_the_base_is_off(kv_mode: str, wrapped_in: str) -> None:
     batch = packed(PAIRS, model)
     for hidden, expected in zip(model.train().hidden_states(batch), quiet.hidden_states(batch), strict=True):
         assert torch.equal(hidden, expected)
+
+
+def functional_dropout(prefix: str) -> fqa.QAdapterModel:
+    """A wrapped model whose layers call `F.dropout` with a probability of their own, of 0.5."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
+    own: dict[str, Any] = {
+        "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5},
+        "SeedOss": {"intermediate_size": 48, "num_key_value_heads": 2, "residual_dropout": 0.5},
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{prefix}Config")(**sizes, **own[prefix])
+    return fqa.get_qadapter_model(getattr(transformers, f"{prefix}ForCausalLM")(config).train())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("prefix", ["OPT", "SeedOss"])
+def test_functional_dropout_of_the_base_is_off(prefix: str, checkpointing: bool) -> None:
+    model = functional_dropout(prefix)
+    if checkpointing:
+        enable_checkpointing(model, use_reentrant=False)
+    loss = model.train()(packed(PAIRS, model)).loss
+    assert loss.item() == pytest.approx(0.693147, abs=1e-5)
+    assert torch.equal(loss, model(packed(PAIRS, model)).loss)
+    loss.backward()
+
+
+def test_lora_dropout_follows_the_mode() -> None:
+    model = make_twins("llama", "shared", lora={"lora_dropout": 0.5}).model
+    quiet = model(packed(PAIRS, model)).loss
+    assert torch.equal(model(packed(PAIRS, model)).loss, quiet)
+    model.train()
+    assert not torch.equal(model(packed(PAIRS, model)).loss, quiet)
+    assert torch.equal(model.eval()(packed(PAIRS, model)).loss, quiet)
 
 
 # --- dtypes and lengths -----------------------------------------------------------------------------------------------

@@ -203,6 +203,73 @@ def test_stops_at_the_first_non_finite_loss_with_step_rows_and_checkpoint(tmp_pa
     fqa.QAdapterModel.from_pretrained(tiny_base("llama"), tmp_path / "checkpoint-2")
 
 
+class BadGradient(TrainerCallback):
+    """One infinite number in the gradient of one step, behind a loss that is finite."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            next(iter(lora_parameters(model).values())).grad[0, 0] = float("nan")
+
+
+def test_stops_before_a_step_with_a_bad_gradient(tmp_path: Path) -> None:
+    """After the step the weights would be NaN, and the checkpoint that is saved next would take the last good one's
+    place."""
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = make_trainer(tmp_path, word_rows(8), callbacks=[BadGradient()], **settings)
+    with pytest.raises(NonFiniteLossError, match="gradient norm nan at step 4 in rows .*checkpoint-3"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    saved = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert all(tensor.isfinite().all() for tensor in adapter_weights(trainer).values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    next(iter(lora_parameters(trainer.model).values())).data[0, 0] = float("inf")
+    with pytest.raises(NonFiniteLossError, match="lora_.*not finite.*not written"):
+        trainer.save_model(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_with_other_hyper_parameters_is_refused(tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, **settings).train()
+    other = make_trainer(tmp_path, config=fqa.QAdapterConfig(kv_mode="separate", beta=0.7), **settings)
+    with pytest.raises(ValueError, match=r"checkpoint-1 was trained with beta=0\.1, not 0\.7: resume with the same"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_metrics_of_one_run_do_not_leak_into_the_next(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=2)
+    trainer.train()
+    first = [entry["pref_loss"] for entry in trainer.state.log_history if "pref_loss" in entry]
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=2)
+    trainer._train_means.add({"pref_loss": torch.tensor([1000.0])})  # as a run leaves it that ends between two logs
+    trainer.train()
+    assert [entry["pref_loss"] for entry in trainer.state.log_history if "pref_loss" in entry] == first
+
+
+def test_constructor_of_trl(tmp_path: Path) -> None:
+    common = {"model": tiny_base("llama"), "args": arguments(tmp_path), "train_dataset": word_rows(2)}
+    common |= {"processing_class": TOKENIZER, "quantization_config": None}
+    fqa.QAdapterTrainer(**common, ref_model=None, compute_metrics=None)
+    for name in ("ref_model", "compute_metrics"):
+        with pytest.raises(ValueError, match=name):
+            fqa.QAdapterTrainer(**{**common, "model": tiny_base("llama")}, **{name: lambda *_: None})
+    with pytest.raises(ValueError, match="quantization_config is for a model given by name"):
+        fqa.QAdapterTrainer(**{**common, "model": tiny_base("llama"), "quantization_config": object()})
+
+
+def test_one_of_several_gpus_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = arguments(tmp_path, max_steps=1)
+    assert args.n_gpu == 0  # sets the devices up
+    args._n_gpu = 4
+    with caplog.at_level("INFO", logger="fastqadapter"):
+        fqa.QAdapterTrainer(model=tiny_base("llama"), args=args, train_dataset=word_rows(2), processing_class=TOKENIZER)
+    assert args.n_gpu == 1 and "one of 4 GPUs; `accelerate launch` uses them all" in caplog.text
+
+
 def test_model_by_folder_with_its_own_tokenizer(tmp_path: Path) -> None:
     trainer = fqa.QAdapterTrainer(
         model=save_base(tmp_path / "base"),
