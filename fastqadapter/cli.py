@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 
+TRACEBACK_VARIABLE = "FASTQADAPTER_TRACEBACK"
 COMMANDS = {
     "demo": "train a Q-Adapter on a small real model and show before and after",
     "train": "train a Q-Adapter on preference pairs",
@@ -17,7 +19,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code: 0, 1 (training stopped), 2 (wrong use) or 130 (interrupted)."""
+    """Run one subcommand; returns the exit code: 0, 1 (training stopped, or an error of ours), 2 (wrong use), 130
+    (interrupted) or 141 (the reader of the output has gone)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -32,17 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
     _quieten()
     try:
-        from fastqadapter.loss import NonFiniteLossError
-    except ImportError as error:
-        return _fail(f"fastqadapter {name}: {_one_line(error)}")
-    try:
         importlib.import_module(f"fastqadapter.commands.{name}").main(rest)
-    except (ValueError, OSError, ImportError) as error:
-        return _fail(f"fastqadapter {name}: {_one_line(error)}")
-    except NonFiniteLossError as error:
-        return _fail(f"fastqadapter {name}: {_one_line(error)}", code=1)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: who read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         return _fail(f"fastqadapter {name}: interrupted", code=130)
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        if isinstance(error, (ValueError, OSError, ImportError)):
+            return _fail(f"fastqadapter {name}: {_one_line(error)}")
+        if type(error).__name__ == "NonFiniteLossError":  # by name: importing it would import torch
+            return _fail(f"fastqadapter {name}: {_one_line(error)}", code=1)
+        hint = f"{TRACEBACK_VARIABLE}=1 shows where"
+        return _fail(f"fastqadapter {name}: {type(error).__name__}: {_one_line(error)} ({hint})", code=1)
     return 0
 
 

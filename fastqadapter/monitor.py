@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from fastqadapter.loss import NonFiniteLossError
 
@@ -81,11 +81,21 @@ class FiniteGuard(TrainerCallback):
             what, rows = f"gradient norm {gradient_norm}", [row for _, rows in seen for row in rows]
         else:
             what, rows = "loss not finite", ["those of another process"]
-        checkpoint = get_last_checkpoint(args.output_dir) if args.output_dir else None
+        checkpoint = last_checkpoint(str(args.output_dir), state.global_step)
         raise NonFiniteLossError(
             f"{what} at step {state.global_step + 1} in rows {', '.join(rows)}; "
             f"last good checkpoint: {checkpoint or 'none yet'}; lower learning_rate or look at these rows"
         )
+
+
+def last_checkpoint(folder: str, last_step: float = float("inf")) -> str | None:
+    """The newest complete checkpoint in the output folder of a run, up to `last_step`; None where there is none.
+
+    Trainer writes `trainer_state.json` at the end, so a checkpoint without it was cut off by a kill.
+    """
+    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    steps = {int(number): path for path in complete if (number := path.name.rpartition("-")[2]).isdigit()}
+    return max(((step, str(path)) for step, path in steps.items() if step <= last_step), default=(0, None))[1]
 
 
 def check_finite_weights(model: nn.Module, folder: str) -> None:

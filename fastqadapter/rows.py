@@ -208,6 +208,7 @@ def _check_tokenized(row: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
 def _check_text(key: str, value: Any) -> str | list[dict[str, Any]]:
     value = _as_list(value)
     if isinstance(value, str):
+        _check_unicode(key, value)
         return value
     if not isinstance(value, list):
         raise BadRow("wrong type", f"'{key}' must be a string or a list of messages, not {_show(value)}")
@@ -225,7 +226,17 @@ def _check_message(name: str, message: Any) -> dict[str, Any]:
     for field in ("role", "content"):
         if not isinstance(given.get(field), str):
             raise BadRow("wrong type", f"'{name}.{field}' must be a string, not {_show(given.get(field))}")
+        _check_unicode(f"{name}.{field}", given[field])
     return given
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """A lone surrogate, half of a character that JSON wrote in two, is no text that a tokenizer takes."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRow("invalid Unicode", f"'{name}' holds a lone surrogate at character {error.start}") from None
 
 
 def _split_branches(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -49,7 +51,7 @@ class QAdapterTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "leave it off: the collator takes the columns it knows"}
     )
     max_length: int | None = dataclasses.field(
-        default=1024, metadata={"help": "most tokens of prompt + response; longer responses are cut at the end"}
+        default=1024, metadata={"help": "most tokens of prompt + response, the end is cut off; 0: no limit"}
     )
     on_bad_row: Literal["raise", "skip"] = dataclasses.field(
         default="raise", metadata={"help": "'raise' at a malformed row, or 'skip' and count it"}
@@ -60,8 +62,19 @@ class QAdapterTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.max_length = self.max_length or None
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length} is outside its legal range [2, inf) or None")
+            raise ValueError(f"max_length={self.max_length} is outside its legal range [2, inf), or 0 for no limit")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} is outside its legal range (0, inf)")
+        if self.gradient_accumulation_steps < 1:
+            value = self.gradient_accumulation_steps
+            raise ValueError(f"gradient_accumulation_steps={value} is outside its legal range [1, inf)")
+        for name in ("neftune_noise_alpha", "label_smoothing_factor"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} has no meaning in this method; leave it out")
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # else torch warns
         if self.on_bad_row not in ("raise", "skip"):
             raise ValueError(f"on_bad_row={self.on_bad_row!r} is not one of 'raise', 'skip'")
         if self.remove_unused_columns:
@@ -116,18 +129,25 @@ class QAdapterTrainer(Trainer):
         qadapter_config: QAdapterConfig | None = None,
     ):
         args = args or QAdapterTrainingArguments()
+        if not isinstance(args, QAdapterTrainingArguments):
+            raise ValueError(f"args is a {type(args).__name__}; give fastqadapter.QAdapterTrainingArguments")
         _check_unused(ref_model, compute_metrics)
         _use_one_gpu(args)
+        model = str(model) if isinstance(model, os.PathLike) else model
         if processing_class is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             processing_class = AutoTokenizer.from_pretrained(name)
+        set_seed(args.seed)  # Trainer does it too, but after the adapter has got its random weights
         model = _as_qadapter_model(model, qadapter_config, peft_config, quantization_config)
+        _check_vocabulary(model, processing_class)
         if args.disable_dropout:
             _disable_dropout(model)
 
         def tokenized(rows: Rows | None) -> TokenizedRows | None:
             if rows is None or isinstance(rows, TokenizedRows):
                 return rows
+            if isinstance(rows, str):
+                raise ValueError(f"the dataset is the string {rows!r}: give rows, of a file by read_rows({rows!r})")
             return tokenize_rows(rows, processing_class, max_length=args.max_length, on_bad_row=args.on_bad_row)
 
         if data_collator is None:
@@ -250,6 +270,14 @@ def _check_unused(ref_model: Any, compute_metrics: Any) -> None:
     if compute_metrics is not None:
         raise ValueError(
             "compute_metrics is given, but no predictions are made: read the logged metrics, or use a callback"
+        )
+
+
+def _check_vocabulary(model: QAdapterModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_base_model().get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}: give the model's tokenizer"
         )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
-from fastqadapter.commands.parsing import ArgumentError, OneLineParser
+from fastqadapter.commands.parsing import NEGATIVE_NUMBER, ArgumentError, OneLineParser
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -28,6 +30,7 @@ class OneLineHfParser(HfArgumentParser):
         Raises:
             ValueError: an unreadable file, or an option that does not exist.
         """
+        self._negative_number_matcher = NEGATIVE_NUMBER
         finder = OneLineParser(add_help=False)
         finder.add_argument("--config")
         found, rest = finder.parse_known_args(argv)
@@ -53,6 +56,8 @@ def _yaml_arguments(path: str) -> list[str]:
     for name, value in entries.items():
         if value is None:
             continue
+        if value is False and str(name).endswith("_strategy"):
+            value = "no"  # what YAML makes of an unquoted no
         values = value if isinstance(value, list) else [value]
         arguments += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
     return arguments
@@ -77,6 +82,8 @@ class ModelArguments:
 
 def load_model_and_tokenizer(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, on a GPU where there is one, and its tokenizer."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # "Loading weights" is for eyes, not for log files
     name = arguments.model_name_or_path
     hub = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,16 @@ class GenerateArguments:
         for name in ("max_new_tokens", "num_beams", "batch_size"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name}={getattr(self, name)} is outside its legal range [1, inf)")
+        if not self.do_sample:
+            for name, default in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
+                if getattr(self, name) != default:
+                    raise ArgumentError(f"{name}={getattr(self, name)} acts with --do_sample alone: give both")
+        if not 0 < self.temperature < float("inf"):
+            raise ArgumentError(f"temperature={self.temperature} is outside its legal range (0, inf)")
+        if not 0 < self.top_p <= 1:
+            raise ArgumentError(f"top_p={self.top_p} is outside its legal range (0, 1]")
+        if not 0 <= self.seed < 2**32:
+            raise ArgumentError(f"seed={self.seed} is outside its legal range [0, 2^32)")
         if self.weight is not None and len(self.weight) != len(self.adapter):
             raise ArgumentError(f"{len(self.weight)} weights for {len(self.adapter)} adapters: give one for each")
         if self.prompt is not None and self.prompts_file is not None:
@@ -97,6 +108,8 @@ def main(argv: list[str]) -> None:
         description="Generate with the customised policy. Without prompt: a chat on a terminal, else stdin.",
     )
     arguments, base_arguments = parser.parse(argv)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 must not end a chat; see _text
     prompts = _prompts(arguments)  # before the model is loaded: a mistake in them shows at once
     answerer = _load(arguments, base_arguments)
     set_seed(arguments.seed)
@@ -114,19 +127,17 @@ def _prompts(arguments: GenerateArguments) -> list[str | Messages] | None:
         return _read_prompts(Path(arguments.prompts_file))
     if arguments.prompt is None and sys.stdin.isatty():
         return None
-    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    prompt = _text(sys.stdin.read() if arguments.prompt is None else arguments.prompt)
     if not prompt.strip():
         raise ArgumentError("the prompt is empty: give --prompt, --prompts_file, or text on stdin")
     return [prompt.strip()]
 
 
 def _load(arguments: GenerateArguments, base_arguments: BaseArguments) -> Answerer:
-    folders = dict(_named(argument, index) for index, argument in enumerate(arguments.adapter))
-    if len(folders) != len(arguments.adapter):
-        raise ArgumentError(f"adapter={arguments.adapter}: each needs a name of its own, NAME=FOLDER")
+    folders = _name_adapters(arguments.adapter)
     first, *others = folders
     if base_arguments.model_name_or_path is None:
-        base_arguments.model_name_or_path = PeftConfig.from_pretrained(folders[first]).base_model_name_or_path
+        base_arguments.model_name_or_path = _base_of(folders[first])
     base, tokenizer = load_model_and_tokenizer(base_arguments)
     model = QAdapterModel.from_pretrained(base, folders[first], first, force=arguments.force)
     for name in others:
@@ -144,12 +155,36 @@ def _load(arguments: GenerateArguments, base_arguments: BaseArguments) -> Answer
     return Answerer(model, tokenizer, options)
 
 
-def _named(argument: str, index: int) -> tuple[str, str]:
-    """`NAME=FOLDER`, or a folder under the name "default", "adapter1", ..."""
-    name, equals, folder = argument.partition("=")
-    if equals and name.isidentifier():
-        return name, folder
-    return ("default" if index == 0 else f"adapter{index}"), argument
+def _name_adapters(arguments: list[str]) -> dict[str, str]:
+    """Folders by name: `NAME=FOLDER`, or a folder alone under the first free name of "default", "adapter1", ..."""
+    folders: dict[str, str] = {}
+    taken = {argument.partition("=")[0] for argument in arguments}
+    for index, argument in enumerate(arguments):
+        name, equals, folder = argument.partition("=")
+        if not equals or not name.isidentifier():
+            free = ("default", *(f"adapter{number}" for number in range(1, len(arguments) + 2)))
+            name, folder = next(each for each in free[min(index, 1) :] if each not in taken | set(folders)), argument
+        if name in folders:
+            raise ArgumentError(f"adapter={arguments}: {name!r} names two of them; give each a name of its own")
+        folders[name] = folder
+    return folders
+
+
+def _base_of(folder: str) -> str:
+    """The base model that an adapter names."""
+    try:
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArgumentError(f"adapter={folder!r} is no folder or hub id of a trained adapter: {reason}") from None
+    if not base:
+        raise ArgumentError(f"adapter={folder!r} does not name its base model: give --model_name_or_path")
+    return base
+
+
+def _text(text: str) -> str:
+    """Bytes that are no UTF-8 come from the shell as lone surrogates, which no tokenizer takes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _chat(prompt: str | Messages, system: str | None) -> Messages:
@@ -158,7 +193,10 @@ def _chat(prompt: str | Messages, system: str | None) -> Messages:
 
 
 def _read_prompts(path: Path) -> list[str | Messages]:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".json":
+        raise ArgumentError(f"{path}: give a .jsonl file (one object with a key 'prompt' a line) or a text file")
+    # Not splitlines(): it also splits inside a prompt, at U+2028 or a form feed.
+    lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     if not lines:
         raise ArgumentError(f"{path}: no prompt in this file")
     if path.suffix != ".jsonl":
@@ -188,12 +226,12 @@ def _is_message(message: Any) -> bool:
 def _answer_file(answerer: Answerer, chats: list[Messages], arguments: GenerateArguments) -> None:
     """Answer all prompts in batches; each batch is written before the next begins."""
     output = None if arguments.output_file is None else Path(arguments.output_file)
-    done = _already_answered(output, chats)
+    done = _already_answered(output, chats, answerer.options)
     with tqdm(total=len(chats), initial=done, disable=None, unit="prompt") as bar:
         for start in range(done, len(chats), arguments.batch_size):
             batch = chats[start : start + arguments.batch_size]
             lines = [
-                json.dumps({"prompt": chat, "response": answer}, ensure_ascii=False)
+                json.dumps({"prompt": chat, "response": answer, "options": answerer.options}, ensure_ascii=False)
                 for chat, answer in zip(batch, answerer(batch), strict=True)
             ]
             if output is None:
@@ -204,8 +242,8 @@ def _answer_file(answerer: Answerer, chats: list[Messages], arguments: GenerateA
             bar.update(len(batch))
 
 
-def _already_answered(output: Path | None, chats: list[Messages]) -> int:
-    """How many prompts a started output file holds; it must be the answers to these prompts.
+def _already_answered(output: Path | None, chats: list[Messages], options: dict[str, Any]) -> int:
+    """How many prompts a started output file holds; it must be the answers to these prompts, with these options.
 
     Raises:
         ValueError: the file holds something else.
@@ -215,11 +253,15 @@ def _already_answered(output: Path | None, chats: list[Messages]) -> int:
     text = output.read_text(encoding="utf-8")
     complete = text[: text.rfind("\n") + 1]
     try:
-        answered = [json.loads(line)["prompt"] for line in complete.splitlines()]
+        entries = [json.loads(line) for line in complete.split("\n")[:-1]]
+        answered = [entry["prompt"] for entry in entries]
+        settings = [entry["options"] for entry in entries]
     except (ValueError, TypeError, KeyError):
-        answered = None
-    if answered is None or answered != chats[: len(answered)]:
+        answered, settings = [None], []
+    if answered != chats[: len(answered)]:
         raise ArgumentError(f"{output}: exists and does not hold answers to these prompts; name another file")
+    if any(setting != options for setting in settings):
+        raise ArgumentError(f"{output}: holds answers with other options ({settings[0]}); name another file")
     if complete != text:  # a kill left half a line
         output.write_text(complete, encoding="utf-8")
     return len(answered)
@@ -249,7 +291,7 @@ def _talk(answerer: Answerer, system: str | None) -> None:
 def _lines() -> Iterator[str]:
     while True:
         try:
-            line = input("> ").strip()
+            line = _text(input("> ")).strip()
         except EOFError:
             return
         if not line:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, TaskType
-from transformers.trainer_utils import get_last_checkpoint
 
 from fastqadapter.commands.arguments import ModelArguments, OneLineHfParser, load_model_and_tokenizer
 from fastqadapter.commands.parsing import ArgumentError
 from fastqadapter.config import QAdapterConfig
 from fastqadapter.data import read_rows
+from fastqadapter.monitor import last_checkpoint
 from fastqadapter.progress import show_metric_lines
 from fastqadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments
 
@@ -57,8 +57,7 @@ def main(argv: list[str]) -> None:
         description="Train a Q-Adapter on preference pairs. --config FILE.yaml holds any of these options.",
     )
     script, model_arguments, config, lora, args = parser.parse(argv)
-    if not lora.use_peft:
-        raise ArgumentError("use_peft=False: a Q-Adapter is an adapter; leave the option out")
+    _check_lora(lora, args)
     train_rows, eval_rows = _load_rows(script, args)
     model, tokenizer = load_model_and_tokenizer(model_arguments)
     trainer = QAdapterTrainer(
@@ -81,6 +80,16 @@ def main(argv: list[str]) -> None:
         trainer.save_metrics("eval", trainer.evaluate())
     _plot(trainer.state.log_history, Path(args.output_dir))
     print(f"adapter saved to {args.output_dir}")
+
+
+def _check_lora(lora: LoraArguments, args: QAdapterTrainingArguments) -> None:
+    if not lora.use_peft:
+        raise ArgumentError("use_peft=False: a Q-Adapter is an adapter; leave the option out")
+    for name in ("lora_r", "lora_alpha"):
+        if getattr(lora, name) < 1:
+            raise ArgumentError(f"{name}={getattr(lora, name)} is outside its legal range [1, inf)")
+    if lora.lora_dropout and args.disable_dropout:
+        raise ArgumentError(f"lora_dropout={lora.lora_dropout} acts with --disable_dropout false alone: give both")
 
 
 def _lora_config(lora: LoraArguments) -> LoraConfig:
@@ -131,7 +140,7 @@ def _checkpoint(args: QAdapterTrainingArguments) -> str | bool | None:
         return None
     if str(wanted).lower() != "true":
         return wanted
-    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    found = last_checkpoint(args.output_dir)
     if found is None:
         logger.info("no checkpoint in %s yet: training from the start", args.output_dir)
     return found

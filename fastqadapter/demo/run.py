@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from fastqadapter.config import KVMode, QAdapterConfig
 from fastqadapter.demo import measure
 from fastqadapter.demo.preference import conciseness, neutral_prompts, preference_pairs, sample_questions
 from fastqadapter.models import QAdapterModel, get_qadapter_model
+from fastqadapter.monitor import last_checkpoint
 from fastqadapter.plots import plot_training
 from fastqadapter.progress import show_metric_lines
 from fastqadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments
@@ -77,7 +77,7 @@ def run_demo(
     neutral_batch = measure.pack_answers(tokenizer, neutral, base_answers)
 
     before = _heldout(trainer) | {"kl_from_base": measure.kl_from_base(adapted, neutral_batch)}
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(str(checkpoints)))
     after = _heldout(trainer) | {"kl_from_base": measure.kl_from_base(adapted, neutral_batch)}
 
     adapted.eval()
@@ -116,7 +116,6 @@ def _training_arguments(checkpoints: Path, seed: int, size: Size) -> QAdapterTra
         save_steps=20,
         save_total_limit=1,
         report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),  # else torch warns
         seed=seed,
     )
 

@@ -148,8 +148,12 @@ def default_targets(model: PreTrainedModel, kv_mode: KVMode) -> set[str] | str:
     forbidden = ROUTERS | (KV_MODULES if kv_mode == "shared" else frozenset())
     layers = decoder_layers(decoder_of(model))
     inside = {id(module) for module in layers.modules()}
+    wrappers = {name for name, _ in tuner_layers(layers)}  # of adapters that are there already
     names = {
-        name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear | Conv1D)
+        name.rpartition(".")[2]
+        for name, module in layers.named_modules()
+        if (isinstance(module, nn.Linear | Conv1D) and not any(name.startswith(f"{wrapper}.") for wrapper in wrappers))
+        or name in wrappers
     } - forbidden
     if any(name.rpartition(".")[2] in names and id(module) not in inside for name, module in model.named_modules()):
         [prefix] = [name for name, module in model.named_modules() if module is layers]

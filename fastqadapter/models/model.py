@@ -10,19 +10,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, PeftType, TaskType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from fastqadapter.config import CONFIG_NAME, KVMode, QAdapterConfig, read_sidecar, write_sidecar
+from fastqadapter.config import KVMode, QAdapterConfig, write_sidecar
 from fastqadapter.loss import q_adapter_loss
 from fastqadapter.models import base
-from fastqadapter.models.policy import Dials, Policy, customised
+from fastqadapter.models.loading import (
+    HUB_ARGUMENTS,
+    check_complete,
+    check_finite,
+    hub_arguments,
+    read_adapter_folder,
+    weight_errors,
+)
+from fastqadapter.models.policy import Dials, Policy, customised, lock_of
 from fastqadapter.models.streams import TwoStreams, check_servable
 from fastqadapter.packing import PackedPairs
 
@@ -57,7 +61,10 @@ class QAdapterModel(PeftModelForCausalLM):
         qadapter_config: QAdapterConfig | None = None,
         **kwargs: Any,
     ):
-        config = qadapter_config or QAdapterConfig()
+        config = QAdapterConfig() if qadapter_config is None else qadapter_config
+        for name, given, wanted in (("config", config, QAdapterConfig), ("peft_config", peft_config, PeftConfig)):
+            if not isinstance(given, wanted):
+                raise ValueError(f"{name} is a {type(given).__name__}; give a {wanted.__name__}")
         base.check_bare(model)
         decoder = base.decoder_of(model)
         base.check_packable(model, decoder)
@@ -121,7 +128,8 @@ class QAdapterModel(PeftModelForCausalLM):
         if self._adapters_are_off:
             raise ValueError("the loss of packed pairs needs the adapter: call the model outside of disable_adapter()")
         model = self.get_base_model()
-        hidden_q, hidden_b = self.hidden_states(batch)
+        with lock_of(model):
+            hidden_q, hidden_b = self.hidden_states(batch)
         loss, metrics = q_adapter_loss(hidden_q, hidden_b, base.lm_head_of(model), batch, self.qadapter_config)
         return QAdapterOutput(loss=loss, metrics=metrics)
 
@@ -156,12 +164,16 @@ class QAdapterModel(PeftModelForCausalLM):
     def _policy(self, alpha_0: float | None, alpha_tilde: float | None, adapters: Mapping[str, float] | None) -> Policy:
         if self._adapters_are_off:
             return Policy(self.get_base_model(), self.streams, Dials(alpha_0=1.0, alpha_tilde=1.0, weights={}))
+        if adapters is not None and not isinstance(adapters, Mapping):
+            raise ValueError(
+                f"adapters={adapters!r} is a {type(adapters).__name__}; give a weight by name: {{'default': 1.0}}"
+            )
         weights = {self.active_adapter: 1.0} if adapters is None else dict(adapters)
         unknown = sorted(set(weights) - set(self.peft_config))
         if unknown:
             raise ValueError(f"adapters {unknown} are not loaded; loaded are {sorted(self.peft_config)}")
         for name, weight in weights.items():
-            if not abs(weight) < float("inf"):
+            if not isinstance(weight, (int, float)) or not abs(weight) < float("inf"):
                 raise ValueError(f"adapters={{{name!r}: {weight!r}}}: the weight is not a finite number")
         [*others, last] = weights or [self.active_adapter]
         config = self.qadapter_config if others else self.qadapter_configs[last]
@@ -198,7 +210,7 @@ class QAdapterModel(PeftModelForCausalLM):
             ValueError: no sidecar (a plain LoRA adapter), no safetensors, trained on another base model (unless
                 `force`), or in another KV mode than the adapters here.
         """
-        config = _read_adapter_folder(model_id, self.base_identity, force, _hub_arguments(kwargs))
+        config = read_adapter_folder(model_id, self.base_identity, force, hub_arguments(kwargs))
         if config.kv_mode != self.streams.kv_mode:
             raise ValueError(
                 f"adapter {str(model_id)!r} was trained with kv_mode={config.kv_mode!r}, this model runs "
@@ -206,9 +218,10 @@ class QAdapterModel(PeftModelForCausalLM):
             )
         known = adapter_name in self.peft_config
         try:
-            with _weight_errors(model_id):
+            with weight_errors(model_id):
                 result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-                _check_complete(result, model_id, adapter_name)
+                check_complete(result, model_id, adapter_name)
+                check_finite(self, str(model_id))
         except Exception:
             if not known and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
@@ -219,6 +232,8 @@ class QAdapterModel(PeftModelForCausalLM):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's `delete_adapter`; layers that no adapter is left on are the base's own again."""
+        if list(self.peft_config) == [adapter_name]:
+            raise ValueError(f"{adapter_name!r} is the only adapter; for the base policy use adapters={{}}")
         super().delete_adapter(adapter_name)
         base.unwrap_bare_layers(self.get_base_model())
         self.qadapter_configs.pop(adapter_name, None)
@@ -257,14 +272,20 @@ class QAdapterModel(PeftModelForCausalLM):
             is_trainable: keep training it; else it is frozen.
             kv_mode: the mode to run in, which must be the one it was trained in, unless `force`.
             force: load it although base model or KV mode differ from those it was trained with.
-            **kwargs: hub arguments (`revision`, `token`, `subfolder`, `cache_dir`, ...).
+            **kwargs: hub arguments (`revision`, `token`, `subfolder`, `cache_dir`, `local_files_only`,
+                `force_download`), and PEFT's `low_cpu_mem_usage`.
 
         Raises:
             ValueError: no sidecar (a plain LoRA adapter), no safetensors, another base model or KV mode.
         """
+        unknown = sorted(set(kwargs) - {*HUB_ARGUMENTS, "low_cpu_mem_usage"})
+        if unknown:
+            raise ValueError(
+                f"unknown arguments {unknown}; dtype and device are the base's: load it yourself and pass it"
+            )
         model = _load_base(model)
-        hub = _hub_arguments(kwargs)
-        config = _read_adapter_folder(model_id, base.fingerprint(model), force, hub)
+        hub = hub_arguments(kwargs)
+        config = read_adapter_folder(model_id, base.fingerprint(model), force, hub)
         if kv_mode is not None and kv_mode != config.kv_mode:
             if not force:
                 raise ValueError(
@@ -283,7 +304,7 @@ class QAdapterModel(PeftModelForCausalLM):
         )
         # Base and mode are checked above; PEFT's own method fills the weights in.
         try:
-            with _weight_errors(model_id):
+            with weight_errors(model_id):
                 result = super(QAdapterModel, loaded).load_adapter(
                     str(model_id),
                     adapter_name,
@@ -292,7 +313,8 @@ class QAdapterModel(PeftModelForCausalLM):
                     autocast_adapter_dtype=autocast_adapter_dtype,
                     **kwargs,
                 )
-                _check_complete(result, model_id, adapter_name)
+                check_complete(result, model_id, adapter_name)
+                check_finite(loaded, str(model_id))
         except Exception:
             loaded.base_model.unload()
             raise
@@ -310,6 +332,14 @@ class QAdapterModel(PeftModelForCausalLM):
         )
 
     merge_adapter = merge_and_unload
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a mixture of weights is no mixture of Q-functions.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("add_weighted_adapter mixes weights; residual Q-functions add, at generation: adapters={...}")
 
 
 def get_qadapter_model(
@@ -371,57 +401,3 @@ def _checked_peft_config(model: PreTrainedModel, peft_config: PeftConfig, kv_mod
     if peft_config.task_type is None:
         peft_config.task_type = TaskType.CAUSAL_LM
     return peft_config
-
-
-_HUB_ARGUMENTS = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
-
-
-def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-
-
-def _read_adapter_folder(
-    model_id: str | os.PathLike[str], identity: dict[str, Any], force: bool, hub: dict[str, Any]
-) -> QAdapterConfig:
-    """Config of a saved adapter, checked against the base model it shall run on."""
-    _locate(model_id, SAFETENSORS_WEIGHTS_NAME, "weights as safetensors", hub)
-    config, trained_on = read_sidecar(_locate(model_id, CONFIG_NAME, "the Q-Adapter sidecar", hub))
-    if not force:
-        base.check_same_base(trained_on, identity, str(model_id))
-    return config
-
-
-@contextlib.contextmanager
-def _weight_errors(model_id: str | os.PathLike[str]) -> Iterator[None]:
-    """What a broken weight file raises, as a ValueError of one line."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{model_id}: its weights cannot be loaded: {reason}") from error
-
-
-def _check_complete(load_result: Any, model_id: str | os.PathLike[str], adapter_name: str) -> None:
-    """Raise a ValueError if weights were missing or left over: the adapter would be random in part."""
-    # PEFT looks for the name anywhere in the key, and reports other adapters' weights too.
-    missing = [key for key in load_result.missing_keys if adapter_name in key.split(".")[-2:]]
-    for problem, names in (("misses", missing), ("has unknown", load_result.unexpected_keys)):
-        if names:
-            raise ValueError(f"{model_id}: the weight file {problem} {len(names)} weights, {names[0]!r} for one")
-
-
-def _locate(model_id: str | os.PathLike[str], filename: str, what: str, hub: dict[str, Any]) -> str:
-    """Path of one file of a local folder or a hub repository."""
-    folder = Path(model_id) / hub.get("subfolder", "")
-    if (folder / filename).is_file():
-        return str(folder / filename)
-    hint = "a plain LoRA adapter is no Q-Adapter; train one with fastqadapter"
-    if folder.is_dir():
-        raise ValueError(f"{folder}: {what} ({filename}) is missing: {hint}")
-    try:
-        return hf_hub_download(str(model_id), filename, **hub)
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise ValueError(f"{model_id}: {what} ({filename}) is missing: {hint}") from None
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{model_id}: neither a local folder nor a hub repository within reach ({reason})") from None

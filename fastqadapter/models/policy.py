@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 import types
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -27,6 +29,18 @@ from fastqadapter.models import base
 from fastqadapter.models.cache import CACHE_NAME, TwoStreamCache
 from fastqadapter.models.streams import TwoStreams, attributes
 from fastqadapter.ops.checks import accumulation_dtype, check_alphas
+
+LARGEST_SHARE = 1e6
+
+# One policy at a time runs on a base model: it swaps the class and switches adapters on the modules themselves.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> Any:
+    """The lock under which a thread may run streams on `model`; the same thread may take it again."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +58,12 @@ class Dials:
 
     def __post_init__(self) -> None:
         check_alphas(self.alpha_0, self.alpha_tilde)
+        for name, weight in {"alpha_0": self.alpha_0, **self.weights}.items():
+            if abs(weight) > LARGEST_SHARE * self.alpha_tilde:
+                raise ValueError(
+                    f"{name}: {weight:g} / alpha_tilde {self.alpha_tilde:g} is above {LARGEST_SHARE:g}, where logits "
+                    "overflow; a share that large is the plain argmax: use do_sample=False"
+                )
         if self.q_head == "logits" and list(self.weights.values()) != [1.0]:
             raise ValueError(
                 f"adapters={dict(self.weights)} needs q_head='difference': with 'logits' each adapter holds the base "
@@ -254,6 +274,11 @@ def _policy_class(cls: Any) -> Any:
 @contextlib.contextmanager
 def customised(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedModel]:
     """`model` as the customised policy inside the context: its class is a subclass of its own, no module is copied."""
+    with lock_of(model):
+        yield from _customised(model, policy)
+
+
+def _customised(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedModel]:
     cls: Any = type(model)
     if "_fqa_policy" not in model.__dict__:  # else a callback of `generate` asks for a policy while another one runs
         model.__class__ = _policy_class(cls)

@@ -170,7 +170,9 @@ def check_servable(model: PreTrainedModel, kv_mode: KVMode) -> None:
     if weight.is_meta:
         return
     streams.trunk_depth = 0  # without an adapter all layers would be trunk, and the Q pass empty
-    prompt, chosen, rejected = ([token % weight.shape[0] for token in part] for part in ((1, 2, 3), (4, 5, 6), (2, 4)))
+    # Ordinary tokens from all over the vocabulary: special ones in a row make the activations chaotic.
+    tenth = weight.shape[0] / 10
+    prompt, chosen, rejected = ([int(tenth * part) for part in parts] for parts in ((1, 2, 3), (4, 5, 6), (7, 8)))
     batch = pack_pairs([(prompt, chosen, rejected)])
     tokens = torch.tensor([prompt + chosen[:-1], prompt + rejected], device=weight.device)
     name = type(model).__name__
@@ -178,12 +180,15 @@ def check_servable(model: PreTrainedModel, kv_mode: KVMode) -> None:
         with attributes(model.modules(), training=False):
             hidden_states = streams.decoder(input_ids=tokens, use_cache=False).last_hidden_state
             hidden_q, hidden_b = streams.packed_hidden_states(batch.to(weight.device))
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(f"{name} cannot be served with kv_mode={kv_mode!r}: {error}") from error
     expected = torch.cat([hidden_states[0, 2:], hidden_states[1, 3:4]]).float()
-    tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1
+    # Another function is off by 1 or so; rounding by 5e-7 in fp32, by 0.014 in bf16 (SmolLM2-135M, 30 layers).
+    tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.3
     for stream in (hidden_b, hidden_q):
-        difference = float((stream.float() - expected).abs().max() / expected.abs().max())
+        difference = float((stream.float() - expected).norm() / expected.norm())
         if not difference <= tolerance:
             raise ValueError(
                 f"{name} attends in a way that packed passes do not know (relative difference {difference:.2g} with "

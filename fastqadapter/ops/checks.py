@@ -18,9 +18,9 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 def check_alphas(alpha_0: float, alpha_tilde: float) -> None:
     """Raise a ValueError unless alpha_0 is in [0, inf) and alpha_tilde in (0, inf)."""
-    if not math.isfinite(alpha_0) or alpha_0 < 0:
+    if not isinstance(alpha_0, (int, float)) or not math.isfinite(alpha_0) or alpha_0 < 0:
         raise ValueError(f"alpha_0={alpha_0!r} is outside its legal range [0, inf)")
-    if not math.isfinite(alpha_tilde) or alpha_tilde <= 0:
+    if not isinstance(alpha_tilde, (int, float)) or not math.isfinite(alpha_tilde) or alpha_tilde <= 0:
         raise ValueError(f"alpha_tilde={alpha_tilde!r} is outside its legal range (0, inf)")
 
 
