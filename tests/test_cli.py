@@ -13,6 +13,7 @@ import pytest
 
 import fastqadapter
 from fastqadapter import cli
+from fastqadapter.commands.generate import _name_adapters
 from words import save_base, word_rows
 
 
@@ -143,6 +144,95 @@ def test_prompts_in_one_batch_get_the_answers_they_get_alone(workplace: Path, ca
         output = str(workplace / f"batch{batch_size}.jsonl")
         assert run(capsys, *argv, "--output_file", output, "--batch_size", str(batch_size))[0] == 0
     assert (workplace / "batch1.jsonl").read_text() == (workplace / "batch3.jsonl").read_text()
+
+
+def test_answers_are_continued_with_the_same_options_alone(workplace: Path, capsys) -> None:
+    prompts, output = workplace / "odd.jsonl", workplace / "odd-answers.jsonl"
+    prompts.write_bytes(b"\xef\xbb\xbf" + '{"prompt": "w9\u2028w10"}\r\n{"prompt": "w11\x85"}\n'.encode())
+    argv = ["generate", "--adapter", str(workplace / "adapter"), "--prompts_file", str(prompts)]
+    argv += ["--output_file", str(output), "--max_new_tokens", "3"]
+    assert run(capsys, *argv)[0] == 0
+    entries = [json.loads(line) for line in output.read_text().split("\n")[:-1]]
+    assert [entry["prompt"][0]["content"] for entry in entries] == ["w9\u2028w10", "w11\x85"]
+    entries[0]["response"] = "one line\u2028another"
+    output.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    assert run(capsys, *argv)[0] == 0
+    assert "holds answers with other options" in fails(capsys, *argv, "--alpha_0", "0.5")
+
+
+def test_undecodable_bytes_do_not_break_a_prompt(workplace: Path, capsys) -> None:
+    argv = ["generate", "--adapter", str(workplace / "adapter"), "--max_new_tokens", "2"]
+    assert run(capsys, *argv, "--prompt", "\udcff w9")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "0.5"], "temperature=0.5 acts with --do_sample alone"),
+        (["--do_sample", "true", "--top_p", "nan"], "top_p=nan is outside its legal range (0, 1]"),
+        (["--do_sample", "true", "--temperature", "0"], "temperature=0.0 is outside its legal range"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--weight", "-1e300"], "default: -1e+300 / alpha_tilde"),
+        (["--alpha_tilde", "-1e-5"], "alpha_tilde=-1e-05 is outside its legal range (0, inf)"),
+    ],
+)
+def test_generate_refuses_numbers_without_a_meaning(workplace: Path, capsys, options: list[str], message: str) -> None:
+    argv = ["generate", "--adapter", str(workplace / "adapter"), "--prompt", "w9"]
+    assert message in fails(capsys, *argv, *options)
+
+
+def test_what_is_no_adapter(workplace: Path, tmp_path: Path, capsys) -> None:
+    message = fails(capsys, "generate", "--adapter", str(tmp_path), "--prompt", "w9")
+    assert f"adapter={str(tmp_path)!r} is no folder or hub id of a trained adapter" in message
+    shutil.copytree(workplace / "adapter", tmp_path / "homeless")
+    config = tmp_path / "homeless" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
+    assert "give --model_name_or_path" in fails(capsys, "generate", "--adapter", str(config.parent), "--prompt", "w9")
+
+
+def test_adapters_get_free_names() -> None:
+    assert _name_adapters(["a", "b", "c"]) == {"default": "a", "adapter1": "b", "adapter2": "c"}
+    assert _name_adapters(["adapter1=a", "b", "c"]) == {"adapter1": "a", "adapter2": "b", "adapter3": "c"}
+    assert _name_adapters(["a", "default=b"]) == {"adapter1": "a", "default": "b"}
+    with pytest.raises(ValueError, match="'x' names two of them"):
+        _name_adapters(["x=a", "x=b"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--lora_alpha", "0"], "lora_alpha=0"),
+        (["--lora_dropout", "0.1"], "lora_dropout=0.1 acts with --disable_dropout false alone"),
+        (["--learning_rate", "-1e-4"], "Invalid learning rate: -0.0001"),
+    ],
+)
+def test_train_refuses_what_would_do_nothing(workplace: Path, capsys, option: list[str], message: str) -> None:
+    assert message in fails(capsys, *train_arguments(workplace, "refused"), *option)
+
+
+def test_an_unquoted_no_in_yaml(workplace: Path, tmp_path: Path, capsys) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("save_strategy: no\nlearning_rate: 1e-4\n")
+    assert run(capsys, *train_arguments(workplace, str(tmp_path / "out"), "--config", str(config)))[0] == 0
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_an_error_of_ours_is_one_line_too(workplace: Path, capsys, monkeypatch) -> None:
+    def broken(*args, **kwargs):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("fastqadapter.commands.env.environment_report", broken)
+    code, _, err = run(capsys, "env")
+    assert (code, err) == (1, "fastqadapter env: RuntimeError: two lines (FASTQADAPTER_TRACEBACK=1 shows where)\n")
+    monkeypatch.setenv("FASTQADAPTER_TRACEBACK", "1")
+    with pytest.raises(RuntimeError):
+        cli.main(["env"])
+
+
+def test_a_reader_that_has_enough() -> None:
+    command = f"{sys.executable} -m fastqadapter env | true"
+    done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert done.returncode in (0, 141) and done.stderr == ""
 
 
 def test_generate_mixes_adapters(workplace: Path, capsys) -> None:

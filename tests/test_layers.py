@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports from the lines above its own and from its own package, never from its own line or below.
 LAYERS = [
-    {"fastqadapter_kernels", "config", "packing", "rows", "plots", "testing"},
+    {"fastqadapter_kernels", "config", "packing", "rows", "plots", "progress", "prompts", "testing"},
     {"ops"},
     {"loss"},
-    {"models", "data", "environment"},
+    {"models", "data", "environment", "monitor"},
     {"trainer"},
     {"demo"},
     {"commands"},

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -522,6 +523,20 @@ def test_one_adapter_brings_its_own_alphas() -> None:
         assert (policy.dials.alpha_0, policy.dials.alpha_tilde) == (active.alpha_0, active.alpha_tilde)
     finally:
         model.qadapter_configs["polite"] = active
+
+
+@each_mode
+def test_threads_do_not_mix_their_policies(kv_mode: str) -> None:
+    """Streams switch adapters on the modules themselves: one thread at a time."""
+    model = two_adapters(kv_mode).model
+    mixtures = [{"default": 1.0}, {"polite": 1.0}, {"default": 0.0}]
+    expected = [generated(model, PROMPT, max_new_tokens=5, adapters=weights) for weights in mixtures]
+    assert len({str(answer) for answer in expected}) == 3
+    with ThreadPoolExecutor(3) as pool:
+        found = list(
+            pool.map(lambda weights: generated(model, PROMPT, max_new_tokens=5, adapters=weights), mixtures * 4)
+        )
+    assert found == expected * 4
 
 
 # --- nothing is left behind -------------------------------------------------------------------------------------------

@@ -139,6 +139,50 @@ def test_refused_further_adapter(refused: str) -> None:
     assert set(model.qadapter_configs) == {"default", "good"}
 
 
+def test_a_further_adapter_has_the_default_targets_too() -> None:
+    model = make_twins("llama", "shared").model
+    model.add_adapter("good", LoraConfig(task_type="CAUSAL_LM"))
+    assert model.peft_config["good"].target_modules == {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_default_targets_of_a_multimodal_base_stay_in_the_language_model() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = transformers.Gemma3Config(
+        text_config={**SMALL, **sizes, "num_key_value_heads": 2, "head_dim": 8},
+        vision_config={**sizes, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=90,
+        boi_token_index=91,
+        eoi_token_index=92,
+    )
+    model = fqa.get_qadapter_model(transformers.Gemma3ForConditionalGeneration(config).eval())
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert adapted and all(".language_model.layers." in name for name in adapted)
+    with pytest.raises(ValueError, match="pixel_values is not available"):
+        model(input_ids=PROMPT, pixel_values=torch.zeros(1, 3, 28, 28))
+
+
+def test_what_peft_offers_and_this_method_does_not_have() -> None:
+    model = make_twins("llama", "shared").model
+    with pytest.raises(ValueError, match="residual Q-functions add, at generation"):
+        model.add_weighted_adapter(["default"], [0.5], "mix")
+    with pytest.raises(ValueError, match="'default' is the only adapter"):
+        model.delete_adapter("default")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((LoraConfig(), None), "config is a LoraConfig; give a QAdapterConfig"),
+        (({"kv_mode": "shared"}, None), "config is a dict; give a QAdapterConfig"),
+        ((None, fqa.QAdapterConfig()), "peft_config is a QAdapterConfig; give a PeftConfig"),
+    ],
+)
+def test_configs_in_the_wrong_place(arguments: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        fqa.get_qadapter_model(tiny_base("llama"), *arguments)
+
+
 def test_dora_and_other_honest_loras_are_welcome() -> None:
     for settings in ({"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}, {"init_lora_weights": "gaussian"}):
         base = tiny_base("llama", attention_bias=True)
@@ -265,7 +309,11 @@ def test_models_without_an_lm_head() -> None:
 @pytest.mark.parametrize(
     ("dials", "reason"),
     [
-        ({"encoder_hidden_states": torch.zeros(1, 2, 3)}, "encoder_hidden_states is not available"),
+        ({"adapters": ["default"]}, r"adapters=\['default'\] is a list"),
+        ({"adapters": {"default": "1"}}, "'1'.*not a finite number"),
+        ({"adapters": {"default": -1e300}}, "default: -1e\\+300 / alpha_tilde .*argmax"),
+        ({"alpha_0": 1e39}, "alpha_0: 1e\\+39 / alpha_tilde .*argmax"),
+        ({"alpha_0": "1"}, "alpha_0='1' is outside its legal range"),
         ({"adapters": {"unknown": 1.0}}, r"\['unknown'\] are not loaded; loaded are \['default'\]"),
         ({"adapters": {"default": float("inf")}}, "inf.*not a finite number"),
         ({"adapters": {"default": float("nan")}}, "nan.*not a finite number"),
@@ -303,6 +351,7 @@ def test_refused_forward(kv_mode: str) -> None:
         ({CACHE_NAME: DynamicCache()}, f"{CACHE_NAME} is a DynamicCache"),
         ({"output_attentions": True}, "output_attentions=True"),
         ({"output_hidden_states": True}, "output_hidden_states=True"),
+        ({"encoder_hidden_states": torch.zeros(1, 2, 3)}, "encoder_hidden_states is not available"),
         ({"input_ids": None}, "give input_ids or inputs_embeds"),
     ):
         with pytest.raises(ValueError, match=reason):

@@ -443,6 +443,28 @@ def test_weights_that_do_not_fit_leave_the_base_as_it_was(tmp_path: Path) -> Non
     assert not adapter_modules(base)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> None:
+    saved(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values()))[0, 0] = bad
+    save_file(weights, path)
+    base = tiny_base("llama")
+    with pytest.raises(ValueError, match="lora_.*not finite.*diverged"):
+        fqa.QAdapterModel.from_pretrained(base, tmp_path)
+    assert not adapter_modules(base)
+    running = trained()
+    with pytest.raises(ValueError, match="not finite"):
+        running.load_adapter(tmp_path, "second")
+    assert set(running.peft_config) == {"default"}
+
+
+def test_unknown_arguments_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\['nonsense', 'torch_dtype'\]; dtype and device are the base's"):
+        fqa.QAdapterModel.from_pretrained(tiny_base("llama"), saved(tmp_path), torch_dtype="float16", nonsense=1)
+
+
 @each_mode
 def test_merging_is_refused(kv_mode: str) -> None:
     model = trained(kv_mode)

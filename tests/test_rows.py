@@ -35,6 +35,11 @@ BAD_ROWS = [
     ('{"prompt": "x", "chosen": "a", "rejected": "b", "tools": "{"}', "wrong type", r"'tools'"),
     ('{"prompt": "x", "chosen": "a", "rejected": "b", "tools": 1}', "wrong type", r"'tools'"),
     ('{"prompt": "x", "chosen": "a", "rejected": "b", "chat_template_kwargs": 1}', "wrong type", r"_kwargs' must be"),
+    (
+        '{"prompt": "x", "chosen": "a\\ud800", "rejected": "b"}',
+        "invalid Unicode",
+        r"'chosen' .*surrogate at character 1",
+    ),
     ('{"prompt": "x", "chosen": "a", "rejected": " "}', "empty response", r"'rejected' is empty"),
     ('{"prompt": "x", "chosen": "a", "rejected": "a"}', "equal branches", r"nothing to prefer"),
     ('{"chosen": "yes", "rejected": "no"}', "no common prompt", r"share no beginning.*add a 'prompt'"),

@@ -12,10 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import fastqadapter as fqa
 from fastqadapter.data import tokenize_rows
+from fastqadapter.monitor import last_checkpoint
 from fastqadapter.trainer import NonFiniteLossError
 from tiny import lora_parameters, tiny_base
 from words import save_base, word_rows, word_tokenizer
@@ -248,6 +249,58 @@ def test_metrics_of_one_run_do_not_leak_into_the_next(tmp_path: Path) -> None:
     trainer._train_means.add({"pref_loss": torch.tensor([1000.0])})  # as a run leaves it that ends between two logs
     trainer.train()
     assert [entry["pref_loss"] for entry in trainer.state.log_history if "pref_loss" in entry] == first
+
+
+def test_the_seed_decides_the_adapter(tmp_path: Path) -> None:
+    made = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(made))  # whatever was drawn before does not matter
+        args = arguments(tmp_path, seed=seed)
+        rows = {"train_dataset": word_rows(2), "processing_class": TOKENIZER}
+        made.append(adapter_weights(fqa.QAdapterTrainer(tiny_base("llama"), args=args, **rows)))
+    names = [name for name in made[0] if "lora_A" in name]
+    assert all(torch.equal(made[0][name], made[1][name]) for name in names)
+    assert not any(torch.equal(made[0][name], made[2][name]) for name in names)
+
+
+def test_last_checkpoint_is_complete_and_of_this_run(tmp_path: Path) -> None:
+    assert last_checkpoint(str(tmp_path / "nowhere")) is None
+    for step, complete in ((8, True), (24, True), (32, False), (999, True)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "trainer_state.json").touch()
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-999")
+    assert last_checkpoint(str(tmp_path), last_step=40) == str(tmp_path / "checkpoint-24")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 has no meaning"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no meaning"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
+        ({"max_length": 1}, "max_length=1"),
+        ({"on_bad_row": "drop"}, "on_bad_row='drop'"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(tmp_path: Path, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **settings)
+    assert arguments(tmp_path, max_length=0).max_length is None
+
+
+def test_arguments_of_the_wrong_type(tmp_path: Path) -> None:
+    good = {"model": tiny_base("llama"), "args": arguments(tmp_path), "processing_class": TOKENIZER}
+    for bad, message in (
+        ({"args": TrainingArguments(str(tmp_path))}, "args is a TrainingArguments"),
+        ({"train_dataset": "rows.jsonl"}, r"string 'rows.jsonl': give rows, of a file by read_rows\('rows.jsonl'\)"),
+        ({"processing_class": word_tokenizer(extra=50)}, "tokenizer has .* tokens, the model embeddings for 97"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fqa.QAdapterTrainer(**{**good, "model": tiny_base("llama"), **bad})
 
 
 def test_constructor_of_trl(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Words `w5` ... `w96`, five special ones; splits at spaces."""
-    words = ["<pad>", "<s>", "</s>", "user", "assistant", *(f"w{index}" for index in range(5, VOCABULARY))]
+def word_tokenizer(extra: int = 0) -> PreTrainedTokenizerFast:
+    """Words `w5` ... `w96` (and `extra` more), five special ones; splits at spaces."""
+    words = ["<pad>", "<s>", "</s>", "user", "assistant", *(f"w{index}" for index in range(5, VOCABULARY + extra))]
     model = tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="w5")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

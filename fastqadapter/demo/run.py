@@ -41,7 +41,7 @@ class Size:
 
 
 FULL = Size(train_pairs=None, heldout_pairs=None, questions=None, epochs=1.0, answer_tokens=80)
-SMOKE = Size(train_pairs=32, heldout_pairs=16, questions=2, epochs=1.0, answer_tokens=16)
+SMOKE = Size(train_pairs=160, heldout_pairs=32, questions=3, epochs=1.0, answer_tokens=60)
 
 
 def run_demo(
