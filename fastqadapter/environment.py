@@ -24,7 +24,7 @@ PACKAGES = {
     "trl": "optional: pip install trl",
     "datasets": "optional: pip install datasets",
     "bitsandbytes": "optional, for quantised bases: pip install bitsandbytes",
-    "flash-attn": 'optional, NVIDIA only: pip install "fastqadapter[flash-attn]"',
+    "flash-attn": "optional, not used by this version",
     "gguf": 'optional, for the demo: pip install "fastqadapter[demo]"',
     "matplotlib": 'optional, for the demo: pip install "fastqadapter[demo]"',
     "kernels": "optional: pip install kernels",

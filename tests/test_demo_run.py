@@ -77,8 +77,16 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kl_from_base, calls = measure.kl_from_base, []
+
+    def killed(*args: object) -> float:
+        calls.append(args)
+        if len(calls) == 2:  # after the training
+            raise KeyboardInterrupt
+        return kl_from_base(*args)
+
     with monkeypatch.context() as patched:
-        patched.setattr(fqa.QAdapterModel, "eval", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(measure, "kl_from_base", killed)
         with pytest.raises(KeyboardInterrupt):
             run_tiny(tmp_path)
     assert last_checkpoint(str(tmp_path / "checkpoints")) is not None

@@ -25,12 +25,11 @@ def answers(
     strength: float,
     *,
     max_new_tokens: int,
-    do_sample: bool = False,
     batch_size: int = 12,
     description: str | None = None,
 ) -> list[list[int]]:
-    """Token ids of the answer to each prompt, at one strength of the adapter (0 is the base policy), with the final
-    EOS where there is one."""
+    """Token ids of the greedy answer to each prompt, at one strength of the adapter (0 is the base policy), with the
+    final EOS where there is one."""
     result: list[list[int]] = []
     for start in tqdm(range(0, len(prompts), batch_size), desc=description, disable=None, leave=False):
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
@@ -39,8 +38,7 @@ def answers(
             **inputs,
             adapters={"default": strength},
             max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            top_k=0,
+            do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
         for row in output[:, inputs["input_ids"].shape[1] :].tolist():
