@@ -40,6 +40,7 @@ def main(task: str, folder: Path, batch_size: int, accumulate: int) -> None:
         found = {name: value for name, value in trainer.evaluate().items() if "rewards" in name or "loss" in name}
     if int(os.environ.get("RANK", 0)) == 0:
         (folder / "found.json").write_text(json.dumps(found))
+    trainer.accelerator.end_training()  # else gloo's threads may abort the process at its end
 
 
 if __name__ == "__main__":

@@ -263,6 +263,13 @@ def test_attention_with_a_mask_of_its_own() -> None:
         model(packed(PAIRS, model))
 
 
+def test_a_softcap_of_the_attention_is_not_left_to_sdpa() -> None:
+    base = tiny_base("gemma2")
+    base.config._attn_implementation = base.model.config._attn_implementation = "sdpa"  # as transformers 5.16 has it
+    fqa.get_qadapter_model(base)
+    assert base.config._attn_implementation == base.model.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("kv_mode", ["prompt", "shared"])
 def test_a_layer_that_attends_twice(kv_mode: str) -> None:
     """DiffLlama does: there are two K/V to record, and one place for them."""

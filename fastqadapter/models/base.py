@@ -4,6 +4,7 @@ fingerprint that tells one base from another."""
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastqadapter.config import KVMode
 from fastqadapter.loss import LMHead
+
+logger = logging.getLogger(__name__)
 
 # Layers whose output is keys or values and nothing else. A fused qkv is not among them: its K/V rows are not read in
 # `shared` mode, so the adapter on them is dead weight but does no harm.
@@ -107,6 +110,15 @@ def check_packable(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
     others = sorted(set(getattr(config, "layer_types", None) or ()) - PACKABLE_LAYER_TYPES)
     if others:
         raise ValueError(f"{type(model).__name__} has layers of type {others}; packed training knows full and sliding")
+
+
+def heed_attention_softcap(model: PreTrainedModel) -> None:
+    """Take a base off SDPA whose attention scores have a soft-cap (Gemma-2): SDPA drops it, and transformers 5.16 takes
+    SDPA for it all the same."""
+    config = decoder_of(model).config.get_text_config(decoder=True)
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        logger.info("%s: attention 'eager', because SDPA drops its soft-cap", type(model).__name__)
+        model.set_attn_implementation("eager")
 
 
 def check_bare(model: nn.Module) -> None:

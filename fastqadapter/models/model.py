@@ -68,6 +68,7 @@ class QAdapterModel(PeftModelForCausalLM):
         base.check_bare(model)
         decoder = base.decoder_of(model)
         base.check_packable(model, decoder)
+        base.heed_attention_softcap(model)
         base.check_lm_head(model, decoder, base.lm_head_of(model))
         check_servable(model, config.kv_mode)
         identity = base.fingerprint(model)

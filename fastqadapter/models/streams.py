@@ -192,7 +192,7 @@ def check_servable(model: PreTrainedModel, kv_mode: KVMode) -> None:
         if not difference <= tolerance:
             raise ValueError(
                 f"{name} attends in a way that packed passes do not know (relative difference {difference:.2g} with "
-                f"kv_mode={kv_mode!r}); please report the architecture"
+                f"kv_mode={kv_mode!r}); try attn_implementation='eager', or report the architecture"
             )
 
 
