@@ -32,7 +32,8 @@ class MetricLines(ProgressCallback):
     ) -> None:
         line = metric_line(logs or {})
         if state.is_world_process_zero and line:
-            tqdm.write(f"step {state.global_step}/{state.max_steps}  {line}", file=sys.stderr)
+            place = f"step {state.global_step}/{state.max_steps}" if state.max_steps else "before training"
+            tqdm.write(f"{place}  {line}", file=sys.stderr)
 
 
 def metric_line(logs: Mapping[str, float]) -> str:
