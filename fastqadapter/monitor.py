@@ -65,22 +65,24 @@ class FiniteGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         seen, self._seen = self._seen, []
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        gradients = [parameter.grad.float() for parameter in model.parameters() if parameter.grad is not None]
+        device = gradients[0].device if gradients else next(model.parameters()).device
+        losses = torch.stack([torch.zeros((), device=device), *(loss.float().to(device) for loss, _ in seen)])
+        norm = torch.nn.utils.get_total_norm(gradients).to(device)
         if args.fp16:  # the gradient scaler skips a step with infinite gradients, and goes on with a smaller scale
             norm = torch.zeros_like(norm)
-        numbers = torch.stack([*(loss for loss, _ in seen), norm.to(seen[0][0].dtype)])
         # Every process must come to the same end, or the others wait for this one.
-        if bool(self._gather(torch.isfinite(numbers).all()[None]).all()):
+        finite = self._gather(torch.stack([losses.isfinite().all(), norm.isfinite()])[None]).all(dim=0)
+        losses_are_finite, gradient_is_finite = finite.tolist()
+        if losses_are_finite and gradient_is_finite:
             return
-        *losses, gradient_norm = numbers.tolist()
-        bad = [(loss, rows) for loss, (_, rows) in zip(losses, seen, strict=True) if not _is_finite(loss)]
+        bad = [(loss, rows) for loss, (_, rows) in zip(losses[1:].tolist(), seen, strict=True) if not _is_finite(loss)]
         if bad:
             what, rows = f"loss {bad[0][0]}", [row for _, rows in bad for row in rows]
-        elif not _is_finite(gradient_norm):
-            what, rows = f"gradient norm {gradient_norm}", [row for _, rows in seen for row in rows]
+        elif not losses_are_finite:
+            what, rows = "loss not finite", ["of another process"]
         else:
-            what, rows = "loss not finite", ["those of another process"]
+            what, rows = f"gradient norm {norm.item()}", [row for _, rows in seen for row in rows]
         checkpoint = last_checkpoint(str(args.output_dir), state.global_step)
         raise NonFiniteLossError(
             f"{what} at step {state.global_step + 1} in rows {', '.join(rows)}; "

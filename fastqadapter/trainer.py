@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,6 +27,7 @@ from fastqadapter.config import CONFIG_NAME, QAdapterConfig, read_sidecar
 from fastqadapter.data import PreferenceCollator, TokenizedRows, tokenize_rows
 from fastqadapter.loss import NonFiniteLossError
 from fastqadapter.models import QAdapterModel, QAdapterOutput, get_qadapter_model
+from fastqadapter.models.loading import adapter_folder
 from fastqadapter.monitor import FiniteGuard, PairMeans, check_finite_weights
 from fastqadapter.packing import PackedPairs
 
@@ -73,6 +73,9 @@ class QAdapterTrainingArguments(TrainingArguments):
         for name in ("neftune_noise_alpha", "label_smoothing_factor"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} has no meaning in this method; leave it out")
+        strategy = getattr(self, "train_sampling_strategy", "random")  # before transformers 5: group_by_length
+        if getattr(strategy, "value", strategy) == "group_by_length":
+            raise ValueError("train_sampling_strategy='group_by_length' saves padding, and packed pairs have none")
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # else torch warns
         if self.on_bad_row not in ("raise", "skip"):
@@ -143,12 +146,15 @@ class QAdapterTrainer(Trainer):
         if args.disable_dropout:
             _disable_dropout(model)
 
-        def tokenized(rows: Rows | None) -> TokenizedRows | None:
+        def tokenized(rows: Rows | None, which: str = "") -> TokenizedRows | None:
             if rows is None or isinstance(rows, TokenizedRows):
                 return rows
             if isinstance(rows, str):
                 raise ValueError(f"the dataset is the string {rows!r}: give rows, of a file by read_rows({rows!r})")
-            return tokenize_rows(rows, processing_class, max_length=args.max_length, on_bad_row=args.on_bad_row)
+            try:
+                return tokenize_rows(rows, processing_class, max_length=args.max_length, on_bad_row=args.on_bad_row)
+            except ValueError as error:
+                raise ValueError(f"{which}{error}") from error
 
         if data_collator is None:
             data_collator = PreferenceCollator(
@@ -156,9 +162,9 @@ class QAdapterTrainer(Trainer):
             )
         eval_rows: Any
         if isinstance(eval_dataset, Mapping):
-            eval_rows = {name: tokenized(rows) for name, rows in eval_dataset.items()}
+            eval_rows = {name: tokenized(rows, f"eval_dataset {name!r}: ") for name, rows in eval_dataset.items()}
         else:
-            eval_rows = tokenized(eval_dataset)
+            eval_rows = tokenized(eval_dataset, "eval_dataset: ")
         super().__init__(
             model=model,
             args=args,
@@ -215,7 +221,7 @@ class QAdapterTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        sidecar = Path(resume_from_checkpoint) / CONFIG_NAME
+        sidecar = adapter_folder(resume_from_checkpoint, self.model.active_adapter) / CONFIG_NAME
         if sidecar.is_file():
             found, wanted = read_sidecar(sidecar)[0].to_dict(), self.model.qadapter_config.to_dict()
             changed = [f"{name}={found[name]!r}, not {wanted[name]!r}" for name in found if found[name] != wanted[name]]

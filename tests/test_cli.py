@@ -157,7 +157,25 @@ def test_answers_are_continued_with_the_same_options_alone(workplace: Path, caps
     entries[0]["response"] = "one line\u2028another"
     output.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     assert run(capsys, *argv)[0] == 0
-    assert "holds answers with other options" in fails(capsys, *argv, "--alpha_0", "0.5")
+    assert "holds answers with other settings" in fails(capsys, *argv, "--alpha_0", "0.5")
+    shutil.copytree(workplace / "adapter", workplace / "other")
+    argv[2] = str(workplace / "other")
+    assert "holds answers with other settings" in fails(capsys, *argv)
+    prompts.write_bytes(b"w9 \xff")
+    assert "not UTF-8: invalid start byte at byte 3" in fails(capsys, *argv)
+
+
+def test_sampling_goes_on_as_if_never_interrupted(workplace: Path, capsys) -> None:
+    prompts, output = workplace / "sampled.txt", workplace / "sampled.jsonl"
+    prompts.write_text("w9\nw10\nw11\n")
+    argv = ["generate", "--adapter", str(workplace / "adapter"), "--prompts_file", str(prompts), "--batch_size", "1"]
+    argv += ["--output_file", str(output), "--do_sample", "true", "--max_new_tokens", "6", "--seed", "3"]
+    assert run(capsys, *argv)[0] == 0
+    complete = output.read_text()
+    output.write_text("".join(complete.splitlines(keepends=True)[:1]))
+    assert run(capsys, *argv)[0] == 0
+    assert output.read_text() == complete
+    assert "holds answers with other settings" in fails(capsys, *argv, "--seed", "4")
 
 
 def test_undecodable_bytes_do_not_break_a_prompt(workplace: Path, capsys) -> None:

@@ -539,6 +539,24 @@ def test_threads_do_not_mix_their_policies(kv_mode: str) -> None:
     assert found == expected * 4
 
 
+def test_training_and_generating_in_two_threads() -> None:
+    """Under gradient checkpointing the backward pass runs layers again, and switches adapters to do so."""
+    model = make_twins("llama", "shared").model.train()
+    model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    expected = generated(model, PROMPT, max_new_tokens=5)
+
+    def train() -> None:
+        for _ in range(15):
+            model(packed(PAIRS, model)).loss.backward()
+            model.hidden_states(packed(PAIRS, model))
+
+    with ThreadPoolExecutor(2) as pool:
+        training = pool.submit(train)
+        while not training.done():
+            assert generated(model, PROMPT, max_new_tokens=5) == expected
+        training.result()
+
+
 # --- nothing is left behind -------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fastqadapter as fqa
+from fastqadapter.models.base import check_same_base, fingerprint
 from tiny import (
     MODES,
     PAD,
@@ -455,9 +456,55 @@ def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> 
         fqa.QAdapterModel.from_pretrained(base, tmp_path)
     assert not adapter_modules(base)
     running = trained()
-    with pytest.raises(ValueError, match="not finite"):
-        running.load_adapter(tmp_path, "second")
+    expected = fingerprint_of_function(running)
+    for name in ("second", "default"):
+        with pytest.raises(ValueError, match="not finite"):
+            running.load_adapter(tmp_path, name)
     assert set(running.peft_config) == {"default"}
+    assert_same_function(fingerprint_of_function(running), expected)  # the failed reload is undone
+
+
+def test_a_failed_load_leaves_the_base_trainable(tmp_path: Path) -> None:
+    path = saved(tmp_path) / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    base = tiny_base("llama")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        fqa.QAdapterModel.from_pretrained(base, tmp_path)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+class PackedLinear(torch.nn.Module):
+    """A quantised layer as GPTQ and AWQ have it: the matrix is a buffer of integers."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        scale = linear.weight.abs().max() / 127
+        self.register_buffer("qweight", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.qweight.to(x.dtype) * self.scale).T
+
+
+def test_the_fingerprint_of_a_quantised_base_is_of_what_is_not_packed() -> None:
+    base = tiny_base("llama")
+    plain = fingerprint(base)
+    for layer in base.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(block.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    setattr(block, name, PackedLinear(linear))
+    packed = fingerprint(base)
+    assert packed["body"] is None and packed["head"] == plain["head"]
+    check_same_base(plain, packed, "adapter")
+    check_same_base(packed, plain, "adapter")
+
+
+def test_a_base_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        base = tiny_base("llama")
+    with pytest.raises(ValueError, match="LlamaForCausalLM are on the meta device: load them first"):
+        fqa.get_qadapter_model(base)
 
 
 def test_unknown_arguments_are_refused(tmp_path: Path) -> None:

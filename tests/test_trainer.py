@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import fastqadapter as fqa
 from fastqadapter.data import tokenize_rows
-from fastqadapter.monitor import last_checkpoint
+from fastqadapter.monitor import FiniteGuard, last_checkpoint
 from fastqadapter.trainer import NonFiniteLossError
 from tiny import lora_parameters, tiny_base
 from words import save_base, word_rows, word_tokenizer
@@ -223,6 +224,61 @@ def test_stops_before_a_step_with_a_bad_gradient(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
     assert all(tensor.isfinite().all() for tensor in adapter_weights(trainer).values())
+
+
+def test_a_trainer_with_a_loss_of_its_own(tmp_path: Path) -> None:
+    class Halved(fqa.QAdapterTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(inputs).loss / 2
+
+    args = {"args": arguments(tmp_path, max_steps=2), "train_dataset": word_rows(4), "processing_class": TOKENIZER}
+    trainer = Halved(tiny_base("llama"), **args)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def guard_verdict(losses: list[float], gradient: float, others: list[bool]) -> str:
+    """What the guard says in a process with these losses and this gradient, beside another with the flags `others`."""
+    guard = FiniteGuard(lambda flags: torch.cat([flags, torch.tensor([others])]))
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.grad = torch.full((1, 1), gradient)
+    for index, loss in enumerate(losses):
+        guard.add(torch.tensor(loss), (f"row {index}",))
+    args = SimpleNamespace(fp16=False, output_dir="nowhere")
+    try:
+        guard.on_pre_optimizer_step(args, TrainerState(), TrainerControl(), model=model)
+    except NonFiniteLossError as error:
+        return str(error)
+    return "go on"
+
+
+def test_the_guard_blames_the_rows_that_did_it() -> None:
+    nan = float("nan")
+    assert guard_verdict([1.0, 2.0], 1.0, [True, True]) == "go on"
+    assert "loss nan at step 1 in rows row 1;" in guard_verdict([1.0, nan], nan, [True, False])
+    # After the gradients of all processes are added up, the other's NaN is in ours; our rows are innocent.
+    assert "loss not finite at step 1 in rows of another process;" in guard_verdict([1.0, 2.0], nan, [False, False])
+    assert "gradient norm nan at step 1 in rows row 0, row 1;" in guard_verdict([1.0, 2.0], nan, [True, False])
+
+
+@pytest.mark.parametrize("name", ["style", "default"])
+def test_resume_compares_the_adapter_that_is_trained(tmp_path: Path, name: str) -> None:
+    def trainer(beta: float) -> fqa.QAdapterTrainer:
+        config = fqa.QAdapterConfig(kv_mode="separate", beta=beta)
+        model = fqa.get_qadapter_model(tiny_base("llama"), config, adapter_name=name)
+        args = arguments(tmp_path / name, max_steps=2, save_strategy="steps", save_steps=1)
+        return fqa.QAdapterTrainer(model, args=args, train_dataset=word_rows(4), processing_class=TOKENIZER)
+
+    trainer(0.1).train()
+    checkpoint = str(tmp_path / name / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"was trained with beta=0\.1, not 0\.7"):
+        trainer(0.7).train(resume_from_checkpoint=checkpoint)
+    trainer(0.1).train(resume_from_checkpoint=checkpoint)
+
+
+def test_an_empty_evaluation_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^eval_dataset: no row left"):
+        make_trainer(tmp_path, eval_dataset=[])
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:

@@ -24,6 +24,10 @@ class OneLineHfParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ArgumentError(f"{message} (--help lists the options)")
 
+    def format_help(self) -> str:
+        config = "  --config FILE.yaml    any of these options as `option: value` lines; the command line wins\n"
+        return super().format_help() + "\n" + config
+
     def parse(self, argv: list[str]) -> tuple[Any, ...]:
         """Dataclasses from `--config file.yaml` (defaults) and the command line (which wins).
 

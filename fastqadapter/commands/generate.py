@@ -85,12 +85,19 @@ class BaseArguments(ModelArguments):
 
 
 class Answerer:
-    """A loaded model with its dials; answers lists of chats."""
+    """A loaded model with its dials; answers lists of chats. `settings` is all that decides an answer."""
 
-    def __init__(self, model: QAdapterModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]):
+    def __init__(
+        self,
+        model: QAdapterModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: dict[str, Any],
+        settings: dict[str, Any],
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
+        self.settings = settings
 
     def __call__(self, chats: list[Messages], streamer: TextStreamer | None = None) -> list[str]:
         """The answer to each chat, whose last message is the user's."""
@@ -152,7 +159,10 @@ def _load(arguments: GenerateArguments, base_arguments: BaseArguments) -> Answer
     }
     if arguments.do_sample:
         options |= {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k")}
-    return Answerer(model, tokenizer, options)
+    settings = {"base": base_arguments.model_name_or_path, "folders": folders, **options}
+    if arguments.do_sample:
+        settings["seed"] = arguments.seed
+    return Answerer(model, tokenizer, options, settings)
 
 
 def _name_adapters(arguments: list[str]) -> dict[str, str]:
@@ -196,7 +206,7 @@ def _read_prompts(path: Path) -> list[str | Messages]:
     if path.suffix == ".json":
         raise ArgumentError(f"{path}: give a .jsonl file (one object with a key 'prompt' a line) or a text file")
     # Not splitlines(): it also splits inside a prompt, at U+2028 or a form feed.
-    lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    lines = [line.rstrip("\r") for line in _read(path).split("\n") if line.strip()]
     if not lines:
         raise ArgumentError(f"{path}: no prompt in this file")
     if path.suffix != ".jsonl":
@@ -213,6 +223,13 @@ def _read_prompts(path: Path) -> list[str | Messages]:
     return prompts
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
 def _is_prompt(prompt: Any) -> bool:
     if isinstance(prompt, str):
         return bool(prompt.strip())
@@ -226,12 +243,13 @@ def _is_message(message: Any) -> bool:
 def _answer_file(answerer: Answerer, chats: list[Messages], arguments: GenerateArguments) -> None:
     """Answer all prompts in batches; each batch is written before the next begins."""
     output = None if arguments.output_file is None else Path(arguments.output_file)
-    done = _already_answered(output, chats, answerer.options)
+    done = _already_answered(output, chats, answerer.settings)
     with tqdm(total=len(chats), initial=done, disable=None, unit="prompt") as bar:
         for start in range(done, len(chats), arguments.batch_size):
             batch = chats[start : start + arguments.batch_size]
+            set_seed(arguments.seed + start)  # a run that goes on draws what an uninterrupted one would
             lines = [
-                json.dumps({"prompt": chat, "response": answer, "options": answerer.options}, ensure_ascii=False)
+                json.dumps({"prompt": chat, "response": answer, "settings": answerer.settings}, ensure_ascii=False)
                 for chat, answer in zip(batch, answerer(batch), strict=True)
             ]
             if output is None:
@@ -242,26 +260,26 @@ def _answer_file(answerer: Answerer, chats: list[Messages], arguments: GenerateA
             bar.update(len(batch))
 
 
-def _already_answered(output: Path | None, chats: list[Messages], options: dict[str, Any]) -> int:
-    """How many prompts a started output file holds; it must be the answers to these prompts, with these options.
+def _already_answered(output: Path | None, chats: list[Messages], settings: dict[str, Any]) -> int:
+    """How many prompts a started output file holds; it must be the answers to these prompts, with these settings.
 
     Raises:
         ValueError: the file holds something else.
     """
     if output is None or not output.exists():
         return 0
-    text = output.read_text(encoding="utf-8")
+    text = _read(output)
     complete = text[: text.rfind("\n") + 1]
     try:
         entries = [json.loads(line) for line in complete.split("\n")[:-1]]
         answered = [entry["prompt"] for entry in entries]
-        settings = [entry["options"] for entry in entries]
+        found = [entry["settings"] for entry in entries]
     except (ValueError, TypeError, KeyError):
-        answered, settings = [None], []
+        answered, found = [None], []
     if answered != chats[: len(answered)]:
         raise ArgumentError(f"{output}: exists and does not hold answers to these prompts; name another file")
-    if any(setting != options for setting in settings):
-        raise ArgumentError(f"{output}: holds answers with other options ({settings[0]}); name another file")
+    if any(other != settings for other in found):
+        raise ArgumentError(f"{output}: holds answers with other settings ({found[0]}); name another file")
     if complete != text:  # a kill left half a line
         output.write_text(complete, encoding="utf-8")
     return len(answered)

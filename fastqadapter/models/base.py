@@ -80,7 +80,7 @@ def check_lm_head(model: PreTrainedModel, decoder: PreTrainedModel, head: LMHead
         ValueError: they differ by more than rounding.
     """
     if head.weight.is_meta:
-        return
+        raise ValueError(f"the weights of {type(model).__name__} are on the meta device: load them first")
     # Several: the embedding of a padding token may be all zeros, and its logits too.
     tokens = torch.arange(min(8, head.weight.shape[0]), device=head.weight.device)[None]
     outputs: list[Any] = []
@@ -230,30 +230,31 @@ def first_adapted_layer(layers: nn.ModuleList) -> int:
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a base model: architecture, shape, and hashes of samples of its weights.
 
-    `head` is of embeddings, LM head and norms, `body` of the matrices; `body` is None for a quantised base, whose
-    matrices are packed. Each is two hashes, see `_WeightHash`.
+    `head` is of embeddings, LM head and norms, `body` of the matrices; `body` is None where these are packed (in a
+    quantised base) or offloaded. Each is two hashes, see `_WeightHash`.
     """
     config = model.config.get_text_config(decoder=True)
     head, body = _WeightHash(), _WeightHash()
-    packed = False
+    packed, matrices = False, 0
     for embeddings in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         head.update(embeddings[: min(256, embeddings.shape[0])])
     for name, parameter in decoder_layers(decoder_of(model)).named_parameters():
         if any(part.startswith("lora_") for part in name.split(".")):
             continue
-        if parameter.dim() < 2:
+        if parameter.is_meta or not parameter.is_floating_point() or parameter.itemsize == 1:
+            packed = True  # quantised, or offloaded to the disk
+        elif parameter.dim() < 2:
             head.update(parameter)
-        elif parameter.is_floating_point():
-            body.update(parameter[:2])
         else:
-            packed = True
+            body.update(parameter[:2])
+            matrices += 1
     return {
         "architecture": type(model).__name__,
         "name_or_path": str(model.config.name_or_path),
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "head": head.digests(),
-        "body": None if packed else body.digests(),
+        "body": None if packed or not matrices else body.digests(),
     }
 
 

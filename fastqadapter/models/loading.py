@@ -24,6 +24,11 @@ def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
+def adapter_folder(root: str | os.PathLike[str], adapter_name: str) -> Path:
+    """Where PEFT saves an adapter: "default" in the folder itself, others in one of their own below it."""
+    return Path(root) if adapter_name == "default" else Path(root) / adapter_name
+
+
 def read_adapter_folder(
     model_id: str | os.PathLike[str], identity: dict[str, Any], force: bool, hub: dict[str, Any]
 ) -> QAdapterConfig:
@@ -71,8 +76,9 @@ def _locate(model_id: str | os.PathLike[str], filename: str, what: str, hub: dic
         raise ValueError(f"{model_id}: neither a local folder nor a hub repository within reach ({reason})") from None
 
 
-def check_finite(model: nn.Module, source: str) -> None:
-    """Raise a ValueError if a weight of an adapter is NaN or infinite: every logit would be."""
+def check_finite(model: nn.Module, source: str, adapter_name: str) -> None:
+    """Raise a ValueError if a weight of the adapter is NaN or infinite: every logit would be."""
     for name, parameter in model.named_parameters():
-        if "lora_" in name and not bool(parameter.isfinite().all()):
+        own = "lora_" in name and adapter_name in name.split(".")[-2:]
+        if own and not bool(parameter.isfinite().all()):
             raise ValueError(f"{source}: weight {name!r} is not finite; the run that made it diverged")

@@ -7,10 +7,17 @@ import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, PeftType, TaskType
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModelForCausalLM,
+    PeftType,
+    TaskType,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -20,14 +27,15 @@ from fastqadapter.loss import q_adapter_loss
 from fastqadapter.models import base
 from fastqadapter.models.loading import (
     HUB_ARGUMENTS,
+    adapter_folder,
     check_complete,
     check_finite,
     hub_arguments,
     read_adapter_folder,
     weight_errors,
 )
-from fastqadapter.models.policy import Dials, Policy, customised, lock_of
-from fastqadapter.models.streams import TwoStreams, check_servable
+from fastqadapter.models.policy import Dials, Policy, customised
+from fastqadapter.models.streams import TwoStreams, check_servable, lock_of
 from fastqadapter.packing import PackedPairs
 
 # Initialisations that rewrite the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) are not among these.
@@ -47,7 +55,8 @@ class QAdapterModel(PeftModelForCausalLM):
 
     `model(batch)` gives the preference loss of packed pairs, `model(input_ids=...)` the logits of the customised
     policy, `model.generate(...)` transformers' own generation from it. Never the plain adapter's logits: those are
-    Q-values, not a policy. Saving, loading, adding and switching adapters are PEFT's.
+    Q-values, not a policy. Saving, loading, adding and switching adapters are PEFT's. The base is used as it is, but
+    for its dropout, which is off in training mode too.
 
     Made by `get_qadapter_model` or `QAdapterModel.from_pretrained`.
     """
@@ -129,14 +138,14 @@ class QAdapterModel(PeftModelForCausalLM):
         if self._adapters_are_off:
             raise ValueError("the loss of packed pairs needs the adapter: call the model outside of disable_adapter()")
         model = self.get_base_model()
-        with lock_of(model):
-            hidden_q, hidden_b = self.hidden_states(batch)
+        hidden_q, hidden_b = self.hidden_states(batch)
         loss, metrics = q_adapter_loss(hidden_q, hidden_b, base.lm_head_of(model), batch, self.qadapter_config)
         return QAdapterOutput(loss=loss, metrics=metrics)
 
     def hidden_states(self, batch: PackedPairs) -> tuple[Tensor, Tensor]:
         """Last hidden states at the state rows of a packed batch: `h_q` (S, D) of the active adapter, `h_b` (S, D)."""
-        return self.streams.packed_hidden_states(batch, self.active_adapter)
+        with lock_of(self.streams.decoder):
+            return self.streams.packed_hidden_states(batch, self.active_adapter)
 
     def generate(
         self,
@@ -218,13 +227,17 @@ class QAdapterModel(PeftModelForCausalLM):
                 f"kv_mode={self.streams.kv_mode!r}; load it on a base model of its own"
             )
         known = adapter_name in self.peft_config
+        before = get_peft_model_state_dict(self, adapter_name=adapter_name) if known else {}
+        before = {name: weight.clone() for name, weight in before.items()}
         try:
             with weight_errors(model_id):
                 result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
                 check_complete(result, model_id, adapter_name)
-                check_finite(self, str(model_id))
+                check_finite(self, str(model_id), adapter_name)
         except Exception:
-            if not known and adapter_name in self.peft_config:
+            if known:
+                set_peft_model_state_dict(self, before, adapter_name=adapter_name)
+            elif adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
         self.qadapter_configs[adapter_name] = config
@@ -248,8 +261,7 @@ class QAdapterModel(PeftModelForCausalLM):
         if not kwargs.get("is_main_process", True):
             return
         for name in kwargs.get("selected_adapters") or self.peft_config:
-            folder = Path(save_directory) / ("" if name == "default" else name)
-            write_sidecar(folder, self.qadapter_configs[name], self.base_identity)
+            write_sidecar(adapter_folder(save_directory, name), self.qadapter_configs[name], self.base_identity)
 
     @classmethod
     def from_pretrained(
@@ -296,6 +308,7 @@ class QAdapterModel(PeftModelForCausalLM):
             config = dataclasses.replace(config, kv_mode=kv_mode)
         peft_config = PeftConfig.from_pretrained(str(model_id), **hub)
         peft_config.inference_mode = not is_trainable
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         loaded = cls(
             model,
             peft_config,
@@ -315,9 +328,11 @@ class QAdapterModel(PeftModelForCausalLM):
                     **kwargs,
                 )
                 check_complete(result, model_id, adapter_name)
-                check_finite(loaded, str(model_id))
+                check_finite(loaded, str(model_id), adapter_name)
         except Exception:
             loaded.base_model.unload()
+            for parameter in trainable:
+                parameter.requires_grad_(True)
             raise
         return loaded if is_trainable else loaded.eval()
 

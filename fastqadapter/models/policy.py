@@ -11,15 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import threading
 import types
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -27,20 +25,10 @@ from fastqadapter.config import QHead
 from fastqadapter.loss import LMHead
 from fastqadapter.models import base
 from fastqadapter.models.cache import CACHE_NAME, TwoStreamCache
-from fastqadapter.models.streams import TwoStreams, attributes
+from fastqadapter.models.streams import TwoStreams, attributes, lock_of
 from fastqadapter.ops.checks import accumulation_dtype, check_alphas
 
 LARGEST_SHARE = 1e6
-
-# One policy at a time runs on a base model: it swaps the class and switches adapters on the modules themselves.
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-_LOCKS_LOCK = threading.Lock()
-
-
-def lock_of(model: nn.Module) -> Any:
-    """The lock under which a thread may run streams on `model`; the same thread may take it again."""
-    with _LOCKS_LOCK:
-        return _LOCKS.setdefault(model, threading.RLock())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +262,7 @@ def _policy_class(cls: Any) -> Any:
 @contextlib.contextmanager
 def customised(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedModel]:
     """`model` as the customised policy inside the context: its class is a subclass of its own, no module is copied."""
-    with lock_of(model):
+    with lock_of(policy.streams.decoder):
         yield from _customised(model, policy)
 
 
