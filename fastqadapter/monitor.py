@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ class FiniteGuard(TrainerCallback):
         losses_are_finite, gradient_is_finite = finite.tolist()
         if losses_are_finite and gradient_is_finite:
             return
-        bad = [(loss, rows) for loss, (_, rows) in zip(losses[1:].tolist(), seen, strict=True) if not _is_finite(loss)]
+        bad = [
+            (loss, rows) for loss, (_, rows) in zip(losses[1:].tolist(), seen, strict=True) if not math.isfinite(loss)
+        ]
         if bad:
             what, rows = f"loss {bad[0][0]}", [row for _, rows in bad for row in rows]
         elif not losses_are_finite:
@@ -105,7 +108,3 @@ def check_finite_weights(model: nn.Module, folder: str) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
             raise NonFiniteLossError(f"weight {name!r} is not finite, so {folder} is not written; lower learning_rate")
-
-
-def _is_finite(number: float) -> bool:
-    return abs(number) < float("inf")

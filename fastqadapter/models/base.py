@@ -130,26 +130,26 @@ def check_bare(model: nn.Module) -> None:
         )
 
 
-def train_adapters_only(model: PreTrainedModel, mode: bool) -> None:
-    """Training mode for the adapters alone: a base with dropout is noisy, and no longer the base.
+def frozen_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that stay in evaluation mode while the adapters train: with dropout, the base is the base no more.
 
-    The decoder and its layers take the mode too, since transformers checkpoints gradients in training mode alone; their
-    own dropout probabilities are set to 0.
+    All but the adapters' own, and but the decoder and its layers, since transformers checkpoints gradients in training
+    mode alone; see `silence_own_dropout`.
     """
-    model.train(mode)
     decoder = decoder_of(model)
-    own_modules = [decoder, *decoder_layers(decoder)]
-    for module in own_modules:
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name):
-                setattr(module, name, 0.0)
-    keep = {id(module) for module in own_modules}
+    follow = {id(decoder), *map(id, decoder_layers(decoder))}
     for _, layer in tuner_layers(model):
-        keep |= {id(module) for module in layer.modules()}
-        keep -= {id(module) for module in layer.get_base_layer().modules()}
-    for module in model.modules():
-        if id(module) not in keep:
-            module.training = False
+        follow |= {id(module) for module in layer.modules()}
+        follow -= {id(module) for module in layer.get_base_layer().modules()}
+    return [module for module in model.modules() if id(module) not in follow]
+
+
+def silence_own_dropout(decoder: PreTrainedModel) -> None:
+    """Set the dropout probabilities to 0 that the decoder and its layers hold as numbers of their own (OPT)."""
+    for module in (decoder, *decoder_layers(decoder)):
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 def default_targets(model: PreTrainedModel, kv_mode: KVMode) -> set[str] | str:

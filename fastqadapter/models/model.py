@@ -94,6 +94,7 @@ class QAdapterModel(PeftModelForCausalLM):
         self.base_identity = identity
         self.qadapter_configs = {adapter_name: config}
         self._adapters_are_off = False
+        base.silence_own_dropout(decoder)
         self.streams = TwoStreams(model, config.kv_mode)
         self.train(self.training)
 
@@ -120,8 +121,9 @@ class QAdapterModel(PeftModelForCausalLM):
     def train(self, mode: bool = True) -> QAdapterModel:
         """Training mode for the adapter; the frozen base never runs with dropout."""
         super().train(mode)
-        if hasattr(self, "streams"):
-            base.train_adapters_only(self.get_base_model(), mode)
+        if mode and hasattr(self, "streams"):
+            for module in self.streams.frozen_modules:
+                module.training = False
         return self
 
     @contextlib.contextmanager

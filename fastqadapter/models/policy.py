@@ -262,19 +262,16 @@ def _policy_class(cls: Any) -> Any:
 @contextlib.contextmanager
 def customised(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedModel]:
     """`model` as the customised policy inside the context: its class is a subclass of its own, no module is copied."""
-    with lock_of(policy.streams.decoder):
-        yield from _customised(model, policy)
-
-
-def _customised(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedModel]:
-    cls: Any = type(model)
-    if "_fqa_policy" not in model.__dict__:  # else a callback of `generate` asks for a policy while another one runs
-        model.__class__ = _policy_class(cls)
-    overrides: dict[str, Any] = {"_fqa_policy": policy}
-    if "forward" in model.__dict__:  # accelerate's hooks set one on the instance, which would shadow the policy's
-        overrides["forward"] = types.MethodType(type(model).forward, model)
-    try:
-        with attributes([model], **overrides):
-            yield model
-    finally:
-        model.__class__ = cls
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock_of(policy.streams.decoder))
+        cls: Any = type(model)
+        stack.callback(setattr, model, "__class__", cls)
+        if (
+            "_fqa_policy" not in model.__dict__
+        ):  # else a callback of `generate` asks for a policy while another one runs
+            model.__class__ = _policy_class(cls)
+        overrides: dict[str, Any] = {"_fqa_policy": policy}
+        if "forward" in model.__dict__:  # accelerate's hooks set one on the instance, which would shadow the policy's
+            overrides["forward"] = types.MethodType(type(model).forward, model)
+        stack.enter_context(attributes([model], **overrides))
+        yield model

@@ -41,10 +41,12 @@ class TwoStreams:
     """Runs the decoder of one base model as base stream or as Q stream."""
 
     def __init__(self, model: PreTrainedModel, kv_mode: KVMode):
+        self.model = model
         self.decoder = base.decoder_of(model)
         self.layers = base.decoder_layers(self.decoder)
         self.kv_mode = kv_mode
         self.tuner_layers: list[BaseTunerLayer] = []
+        self.frozen_modules: list[nn.Module] = []
         self.trunk_depth = 0
         self.refresh()
 
@@ -52,6 +54,7 @@ class TwoStreams:
         """Look again for adapted layers, after an adapter was added or removed."""
         use_lean_lora(self.decoder)
         self.tuner_layers = [module for _, module in base.tuner_layers(self.decoder)]
+        self.frozen_modules = base.frozen_modules(self.model)
         self.trunk_depth = base.first_adapted_layer(self.layers)
 
     @contextlib.contextmanager
