@@ -157,10 +157,7 @@ def q_adapter_loss(
         hidden_q = hidden_q.to(head.weight.dtype)
     hidden_b = hidden_b.to(head.weight.dtype)  # autocast may have left it in another dtype
 
-    values, base_lse = ops.soft_value(
-        hidden_q,
-        hidden_b,
-        head.weight,
+    params = ops.HeadParams(
         alpha_0=config.alpha_0,
         alpha_tilde=config.alpha_tilde,
         bias=head.bias,
@@ -168,10 +165,15 @@ def q_adapter_loss(
         logit_scale=head.logit_scale,
         softcap=head.softcap,
         difference=difference and head.softcap is not None,
-        return_base_lse=True,
-        backend=backend,
     )
-    q_taken, base_taken = _taken(hidden_q, hidden_b, head, transitions.states, actions, difference, backend)
+    values, base_lse, q_products = ops.state_action_values(
+        hidden_q, hidden_b, head.weight, params, transitions.states, actions, backend=backend
+    )
+    with torch.no_grad():
+        base_products = ops.taken_value(
+            hidden_b.index_select(0, transitions.states), head.weight, actions, backend=backend
+        )
+    q_taken, base_taken = _taken(q_products, base_products, head, actions, difference)
     loss, metrics = ops.preference_loss(q_taken, values, transitions.pairs, config, backend=backend)
     with torch.no_grad():
         log_pi = base_taken - base_lse[transitions.states]
@@ -182,20 +184,15 @@ def q_adapter_loss(
 
 
 def _taken(
-    hidden_q: Tensor,
-    hidden_b: Tensor,
+    q_products: Tensor,  # (M,)
+    base_products: Tensor,  # (M,)
     head: LMHead,
-    states: Tensor,
-    actions: Tensor,
+    actions: Tensor,  # (M,)
     difference: bool,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:  # (M,), (M,)
-    """Q-value and base logit of the action taken in each transition."""
+    """Q-value and base logit of the action taken in each transition, from its products with both states."""
     bias = None if head.bias is None else head.bias.index_select(0, actions)
-    with torch.no_grad():
-        base_products = ops.taken_value(hidden_b.index_select(0, states), head.weight, actions, backend=backend)
-        base_taken = head.scale_and_cap(base_products, bias)
-    q_products = ops.taken_value(hidden_q.index_select(0, states), head.weight, actions, backend=backend)
+    base_taken = head.scale_and_cap(base_products, bias)
     if head.softcap is None:
         return head.scale_and_cap(q_products, None if difference else bias), base_taken
     q_taken = head.scale_and_cap(q_products, bias) + 0.0 * q_products  # tanh would hide an infinity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 def pytest_configure() -> None:
     # The tensors of the tests are tiny: more threads only wait for each other (60 s instead of 8 s on busy cores).
     torch.set_num_threads(1)
+    # Triton decides when a kernel is defined whether it is compiled for a GPU or interpreted on the CPU.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

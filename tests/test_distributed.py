@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,20 @@ def run_worker(folder: Path, processes: int, task: str, batch_size: int, accumul
     command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER), task, str(folder)]
     paths = [str(WORKER.parent), str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(batch_size), str(accumulate)], env=environment, capture_output=True, text=True, timeout=300
+    process = subprocess.Popen(
+        [*command, str(batch_size), str(accumulate)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that a time-out ends the workers too, and not their launcher alone
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    try:
+        _, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, errors[-2000:]
     return json.loads((folder / "found.json").read_text())
 
 

@@ -8,43 +8,51 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("triton", "cpu", "torch", "eager")
 ENVIRONMENT_VARIABLE = "FASTQADAPTER_BACKEND"
 
-# Reasons of the backends that have no kernels yet; they serve no op.
-_ABSENT = {
-    "triton": "this version has no Triton kernels yet",
-    "cpu": "this version has no native CPU kernels yet",
-}
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+NO_CPU_KERNELS = "this version has no native CPU kernels yet"
 
 
-def _serves_everything(*args: Any, **kwargs: Any) -> None:
+def _never(*args: Any, **kwargs: Any) -> None:
     return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One op on one backend. `refusal(*args, **kwargs)` is None, or why this call cannot be served."""
+    """One op on one backend.
+
+    `refusal(*args)` is None, or why this call cannot be served. `auto_refusal(*args)` is None, or why `auto` passes it
+    over although it could be served.
+    """
 
     run: Callable[..., Any]
-    refusal: Callable[..., str | None] = _serves_everything
+    refusal: Callable[..., str | None] = _never
+    auto_refusal: Callable[..., str | None] = _never
 
 
 def backends() -> dict[str, str | None]:
     """Every backend name with None where it can be used, else the reason why it cannot."""
-    return {name: _ABSENT.get(name) for name in BACKENDS}
+    reasons = dict.fromkeys(BACKENDS) | {"cpu": NO_CPU_KERNELS}
+    reasons["triton"] = _no_triton() or (
+        None if torch.cuda.is_available() or _interpreted() else "no CUDA or ROCm GPU is available"
+    )
+    return reasons
 
 
-def choose(
-    op: str, implementations: Mapping[str, Implementation], backend: str, *args: Any, **kwargs: Any
-) -> Callable[..., Any]:
+def choose(op: str, implementations: Mapping[str, Implementation], backend: str, *args: Any) -> Callable[..., Any]:
     """The function that serves this call of `op`.
 
     `implementations` is keyed by backend, the fastest first. `backend="auto"` reads the environment variable
@@ -58,17 +66,18 @@ def choose(
         asked, backend = ENVIRONMENT_VARIABLE, os.environ[ENVIRONMENT_VARIABLE]
     if backend == "auto":
         for name, implementation in implementations.items():
-            reason = implementation.refusal(*args, **kwargs)
+            reason = implementation.refusal(*args) or implementation.auto_refusal(*args)
             if reason is None:
                 return implementation.run
-            _log_refusal_once(op, name, reason)
+            if not torch.compiler.is_compiling():
+                _log_refusal_once(op, name, reason)
         raise ValueError(f"no backend can serve this call of {op}")
     if backend not in BACKENDS:
         raise ValueError(f"{asked}={backend!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
     if backend not in implementations:
-        reason = _ABSENT.get(backend) or f"it has no {op}"
+        reason = NO_CPU_KERNELS if backend == "cpu" else f"it has no {op}"
     else:
-        reason = implementations[backend].refusal(*args, **kwargs)
+        reason = implementations[backend].refusal(*args)
     if reason is not None:
         raise ValueError(f"{asked}={backend!r} cannot serve {op}: {reason}")
     return implementations[backend].run
@@ -77,3 +86,52 @@ def choose(
 @functools.cache
 def _log_refusal_once(op: str, backend: str, reason: str) -> None:
     logger.info("%s: backend %r passed over: %s", op, backend, reason)
+
+
+# --- the Triton backend, none of which is imported before it serves a call -------------------------------------------
+
+
+def triton_implementation(op: str, run: Callable[..., Any]) -> Implementation:
+    """`run` on GPUs: refused where Triton or the call does not allow it, passed over by `auto` where its first use on
+    the device went wrong."""
+
+    def auto_refusal(*args: Any) -> str | None:
+        tensor = next(_tensors(args))
+        if tensor.device.type != "cuda":
+            return "on CPU tensors it runs under Triton's interpreter, which is for tests"
+        return _first_use_failure(op, tensor.device, tensor.dtype)
+
+    return Implementation(run, _triton_refusal, auto_refusal)
+
+
+@torch.compiler.assume_constant_result
+def _first_use_failure(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    from fastqadapter.ops.triton.first_use import failure
+
+    return failure(op, device, dtype)
+
+
+def _triton_refusal(*args: Any) -> str | None:
+    if (reason := _no_triton()) is not None:
+        return reason
+    for tensor in _tensors(args):
+        if tensor.dtype == torch.float64:
+            return "its kernels compute in float32, not in torch.float64"
+        if tensor.device.type == "cuda":
+            if not torch.version.hip and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+                return "it needs a GPU of compute capability 8.0 or higher"
+        elif tensor.device.type != "cpu" or not _interpreted():
+            return f"it needs tensors on a CUDA or ROCm GPU, these are on {tensor.device}"
+    return None
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    return (arg for arg in args if isinstance(arg, Tensor))
+
+
+def _no_triton() -> str | None:
+    return None if _TRITON_IS_INSTALLED else "Triton is not installed"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

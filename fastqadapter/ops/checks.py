@@ -74,14 +74,15 @@ def check_vector(name: str, tensor: Tensor, length: int, weight: Tensor, letter:
 def check_actions(actions: Tensor, rows: int, weight: Tensor) -> None:
     """Raise a ValueError unless `actions` holds one token of the vocabulary for each row.
 
-    The range is read on CPU tensors alone; on an accelerator an action outside gives NaN (see `taken_value`).
+    The range is read on CPU tensors alone, and not under `torch.compile`; elsewhere an action outside gives NaN (see
+    `taken_value`).
     """
     if actions.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"actions has dtype {actions.dtype}; expected torch.int64 or torch.int32")
     if tuple(actions.shape) != (rows,):
         raise ValueError(f"actions has shape {tuple(actions.shape)}; expected (N,) = ({rows},)")
     check_device("actions", actions, weight)
-    if actions.device.type == "cpu" and actions.numel():
+    if actions.device.type == "cpu" and actions.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in torch.aminmax(actions))
         if low < 0 or high >= weight.shape[0]:
             bad = low if low < 0 else high

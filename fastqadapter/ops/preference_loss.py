@@ -11,14 +11,14 @@ rewards of the inverse soft Bellman operator).
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastqadapter.ops import checks
-from fastqadapter.ops.backends import Implementation, choose
+from fastqadapter.ops.backends import Implementation, choose, triton_implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,17 @@ def preference_loss_ref(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-IMPLEMENTATIONS = {"torch": Implementation(preference_loss_ref), "eager": Implementation(preference_loss_ref)}
+def _triton(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    from fastqadapter.ops.triton.preference_loss import preference_loss_triton
+
+    return preference_loss_triton(*args)
+
+
+IMPLEMENTATIONS = {
+    "triton": triton_implementation("preference_loss", _triton),
+    "torch": Implementation(preference_loss_ref),
+    "eager": Implementation(preference_loss_ref),
+}
 
 
 def preference_loss(
@@ -109,7 +119,7 @@ def preference_loss(
         values: (S,) soft values of the state rows.
         pairs: which transitions form which branch; built by `fastqadapter.loss.pair_transitions`.
         config: a `QAdapterConfig`, or anything with `gamma` and `beta`.
-        backend: `auto`, `torch`, `eager` (or `triton`, `cpu` where the version has them).
+        backend: `auto`, `triton`, `torch` or `eager`.
 
     Returns:
         The scalar loss, and per-pair metrics, (B,) each and detached: `pref_loss`, `chi2_loss`, `rewards/chosen`,

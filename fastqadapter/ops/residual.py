@@ -8,11 +8,13 @@ The base normaliser is constant over the vocabulary: it cancels in `log pi~`, an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastqadapter.ops import checks
-from fastqadapter.ops.backends import Implementation, choose
+from fastqadapter.ops.backends import Implementation, choose, triton_implementation
 
 
 def _scores_ref(q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float) -> Tensor:
@@ -49,8 +51,28 @@ def residual_soft_value_fwd(q_logits: Tensor, base_logits: Tensor, alpha_0: floa
     )
 
 
-LOG_PROBS = {"torch": Implementation(residual_log_probs_fwd), "eager": Implementation(residual_log_probs_ref)}
-SOFT_VALUE = {"torch": Implementation(residual_soft_value_fwd), "eager": Implementation(residual_soft_value_ref)}
+def _log_probs_triton(*args: Any) -> Tensor:
+    from fastqadapter.ops.triton.residual import residual_log_probs_triton
+
+    return residual_log_probs_triton(*args)
+
+
+def _soft_value_triton(*args: Any) -> Tensor:
+    from fastqadapter.ops.triton.residual import residual_soft_value_triton
+
+    return residual_soft_value_triton(*args)
+
+
+LOG_PROBS = {
+    "triton": triton_implementation("residual_log_probs", _log_probs_triton),
+    "torch": Implementation(residual_log_probs_fwd),
+    "eager": Implementation(residual_log_probs_ref),
+}
+SOFT_VALUE = {
+    "triton": triton_implementation("residual_soft_value", _soft_value_triton),
+    "torch": Implementation(residual_soft_value_fwd),
+    "eager": Implementation(residual_soft_value_ref),
+}
 
 
 def residual_log_probs(
@@ -68,7 +90,7 @@ def residual_log_probs(
         base_logits: (..., V) logits of the frozen base, same shape, dtype and device.
         alpha_0: weight of the base policy, >= 0.
         alpha_tilde: temperature of the customised policy, > 0.
-        backend: `auto`, `torch`, `eager` (or `triton`, `cpu` where the version has them).
+        backend: `auto`, `triton`, `torch` or `eager`.
 
     Returns:
         (..., V) float32 (float64 for float64).

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastqadapter.ops import checks
-from fastqadapter.ops.backends import Implementation, choose
+from fastqadapter.ops.backends import Implementation, choose, triton_implementation
 
 # Sizes of one tile of scores: large enough for the GEMM to run at full speed, small enough for its fp32 copy to stay
 # in the last-level cache while it is turned into probabilities.
@@ -246,7 +247,17 @@ def soft_value_tiled(
     return SoftValueFunction.apply(hidden_q, hidden_b, weight, params, base_lse, with_gradient)
 
 
-IMPLEMENTATIONS = {"torch": Implementation(soft_value_tiled), "eager": Implementation(soft_value_ref)}
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from fastqadapter.ops.triton.soft_value import soft_value_triton
+
+    return soft_value_triton(*args)
+
+
+IMPLEMENTATIONS = {
+    "triton": triton_implementation("soft_value", _triton),
+    "torch": Implementation(soft_value_tiled),
+    "eager": Implementation(soft_value_ref),
+}
 
 
 def soft_value(
@@ -282,7 +293,7 @@ def soft_value(
         base_lse: (N,) lse of the base logits where it is known already; saves one product of size N*D*V, at some
             accuracy in half precision (see the head of this module).
         return_base_lse: also return that lse.
-        backend: `auto`, `torch`, `eager` (or `triton`, `cpu` where the version has them).
+        backend: `auto`, `triton`, `torch` or `eager`.
 
     Returns:
         (N,) float32 (float64 for a float64 `weight`); with `return_base_lse` the pair `(v, base_lse)`. NaN or inf in
@@ -291,27 +302,11 @@ def soft_value(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a trainable `weight`, a number outside its range.
     """
-    checks.check_weight(weight)
-    checks.check_hidden("hidden_q", hidden_q, weight)
-    checks.check_hidden("hidden_b", hidden_b, weight)
-    checks.check_frozen("hidden_b", hidden_b)
+    params = HeadParams(alpha_0, alpha_tilde, bias, bias_q, logit_scale, softcap, difference)
+    check_states(hidden_q, hidden_b, weight, params)
     rows = hidden_q.shape[0]
-    if hidden_b.shape[0] != rows:
-        raise ValueError(f"hidden_b has {hidden_b.shape[0]} rows, hidden_q {rows}; expected the same states in both")
-    for name, vector in (("bias", bias), ("bias_q", bias_q)):
-        if vector is not None:
-            checks.check_vector(name, vector, weight.shape[0], weight, "V")
     if base_lse is not None:
         checks.check_vector("base_lse", base_lse, rows, weight, "N")
-    checks.check_alphas(alpha_0, alpha_tilde)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap={softcap!r} is outside its legal range (0, inf)")
-    if not abs(logit_scale) < float("inf"):
-        raise ValueError(f"logit_scale={logit_scale!r} is not a finite number")
-    if difference and softcap is None:
-        raise ValueError("difference=True is for soft-capped logits; without softcap pass hidden_q = h_q - h_b")
-
-    params = HeadParams(alpha_0, alpha_tilde, bias, bias_q, logit_scale, softcap, difference)
     args = (hidden_q, hidden_b, weight, params, base_lse)
     run = choose("soft_value", IMPLEMENTATIONS, backend, *args)
     if rows == 0:
@@ -320,3 +315,25 @@ def soft_value(
     else:
         value, lse = run(*args)
     return (value, lse) if return_base_lse else value
+
+
+def check_states(hidden_q: Tensor, hidden_b: Tensor, weight: Tensor, params: HeadParams) -> None:
+    """Raise a ValueError unless states, head and numbers fit together; see `soft_value`."""
+    checks.check_weight(weight)
+    checks.check_hidden("hidden_q", hidden_q, weight)
+    checks.check_hidden("hidden_b", hidden_b, weight)
+    checks.check_frozen("hidden_b", hidden_b)
+    if hidden_b.shape[0] != hidden_q.shape[0]:
+        raise ValueError(
+            f"hidden_b has {hidden_b.shape[0]} rows, hidden_q {hidden_q.shape[0]}; expected the same states in both"
+        )
+    for name, vector in (("bias", params.bias), ("bias_q", params.bias_q)):
+        if vector is not None:
+            checks.check_vector(name, vector, weight.shape[0], weight, "V")
+    checks.check_alphas(params.alpha_0, params.alpha_tilde)
+    if params.softcap is not None and not 0 < params.softcap < float("inf"):
+        raise ValueError(f"softcap={params.softcap!r} is outside its legal range (0, inf)")
+    if not abs(params.logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale={params.logit_scale!r} is not a finite number")
+    if params.difference and params.softcap is None:
+        raise ValueError("difference=True is for soft-capped logits; without softcap pass hidden_q = h_q - h_b")

@@ -5,11 +5,13 @@ A bf16 logit of size 16 to 32 is off by up to 0.0625; summed over a response tha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastqadapter.ops import checks
-from fastqadapter.ops.backends import Implementation, choose
+from fastqadapter.ops.backends import Implementation, choose, triton_implementation
 
 
 def taken_value_ref(
@@ -24,7 +26,17 @@ def taken_value_ref(
     return (hidden_q.to(dtype) * rows).sum(dim=-1).masked_fill(~inside, torch.nan)
 
 
-IMPLEMENTATIONS = {"torch": Implementation(taken_value_ref), "eager": Implementation(taken_value_ref)}
+def _triton(*args: Any) -> Tensor:
+    from fastqadapter.ops.triton.soft_value import taken_value_triton
+
+    return taken_value_triton(*args)
+
+
+IMPLEMENTATIONS = {
+    "triton": triton_implementation("taken_value", _triton),
+    "torch": Implementation(taken_value_ref),
+    "eager": Implementation(taken_value_ref),
+}
 
 
 def taken_value(
@@ -41,7 +53,7 @@ def taken_value(
         weight: (V, D) frozen LM head.
         actions: (N,) int64 or int32 tokens. A token outside the vocabulary raises on the CPU; on an accelerator, where
             looking would wait for the device, its value is NaN.
-        backend: `auto`, `torch`, `eager` (or `triton`, `cpu` where the version has them).
+        backend: `auto`, `triton`, `torch` or `eager`.
 
     Returns:
         (N,) float32 (float64 for a float64 `weight`).

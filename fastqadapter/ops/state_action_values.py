@@ -1,0 +1,96 @@
+"""Soft values of states and taken values of transitions together: what a loss needs of a batch, with one gradient.
+
+    v_s = alpha_tilde lse((q_s + alpha_0 log softmax(b_s)) / alpha_tilde)                 S states
+    x_t = W[a_t] . d_{s_t}                                                                M transitions
+    dd_s = g_v[s] e_s + sum over the transitions t of s  g_x[t] W[a_t]
+
+The same as `soft_value(d)` and `taken_value(d[states])`, whose gradients autograd would form, scatter and add apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastqadapter.ops import checks
+from fastqadapter.ops.backends import Implementation, choose, triton_implementation
+from fastqadapter.ops.soft_value import HeadParams, check_states, soft_value_ref, soft_value_tiled
+from fastqadapter.ops.taken_value import taken_value_ref
+
+Values = tuple[Tensor, Tensor, Tensor]  # v (S,), base_lse (S,), x (M,)
+
+
+def state_action_values_ref(
+    hidden_q: Tensor,  # (S, D)
+    hidden_b: Tensor,  # (S, D)
+    weight: Tensor,  # (V, D)
+    params: HeadParams,
+    states: Tensor,  # (M,)
+    actions: Tensor,  # (M,)
+) -> Values:
+    """The two definitions, one after the other."""
+    value, base_lse = soft_value_ref(hidden_q, hidden_b, weight, params, None)
+    return value, base_lse, taken_value_ref(hidden_q.index_select(0, states), weight, actions)
+
+
+def state_action_values_tiled(
+    hidden_q: Tensor, hidden_b: Tensor, weight: Tensor, params: HeadParams, states: Tensor, actions: Tensor
+) -> Values:
+    """With the soft value tile by tile."""
+    value, base_lse = soft_value_tiled(hidden_q, hidden_b, weight, params, None)
+    return value, base_lse, taken_value_ref(hidden_q.index_select(0, states), weight, actions)
+
+
+def _triton(*args: Any) -> Values:
+    from fastqadapter.ops.triton.soft_value import state_action_values_triton
+
+    return state_action_values_triton(*args)
+
+
+IMPLEMENTATIONS = {
+    "triton": triton_implementation("state_action_values", _triton),
+    "torch": Implementation(state_action_values_tiled),
+    "eager": Implementation(state_action_values_ref),
+}
+
+
+def state_action_values(
+    hidden_q: Tensor,  # (S, D)
+    hidden_b: Tensor,  # (S, D)
+    weight: Tensor,  # (V, D)
+    params: HeadParams,
+    states: Tensor,  # (M,)
+    actions: Tensor,  # (M,)
+    *,
+    backend: str = "auto",
+) -> Values:
+    """Soft value and lse of the base logits of each state, and the product `W[a] . d` of each transition.
+
+    Args:
+        hidden_q: (S, D) `d`, or `h_q` under a soft-cap; the only argument that gets a gradient.
+        hidden_b: (S, D) last hidden states of the frozen base.
+        weight: (V, D) frozen LM head.
+        params: alphas and head options, see `soft_value`.
+        states: (M,) int64 or int32, the row of each transition; a row may have any number of transitions. Not checked
+            against S, which on an accelerator would wait for the device.
+        actions: (M,) int64 or int32, the token that each transition takes, see `taken_value`.
+        backend: `auto`, `triton`, `torch` or `eager`.
+
+    Returns:
+        v (S,), lse of the base logits (S,), products (M,) without bias, logit scale and soft-cap; all float32
+        (float64 for a float64 `weight`).
+
+    Raises:
+        ValueError: as `soft_value` and `taken_value`; no state.
+    """
+    check_states(hidden_q, hidden_b, weight, params)
+    if hidden_q.shape[0] == 0:
+        raise ValueError("hidden_q has 0 rows; expected at least one state")
+    if states.dtype not in (torch.int64, torch.int32) or states.dim() != 1:
+        raise ValueError(f"states is {states.dtype} {tuple(states.shape)}; expected (M,) int64 or int32")
+    checks.check_device("states", states, weight)
+    checks.check_actions(actions, states.shape[0], weight)
+    args = (hidden_q, hidden_b, weight, params, states, actions)
+    return choose("state_action_values", IMPLEMENTATIONS, backend, *args)(*args)

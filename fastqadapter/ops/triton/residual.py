@@ -1,0 +1,103 @@
+"""`residual_log_probs` and `residual_soft_value` on Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastqadapter.ops.triton.operators import NAMESPACE, only_first
+from fastqadapter_kernels.triton import residual as kernels
+
+
+@torch.library.custom_op(f"{NAMESPACE}::residual_soft_value", mutates_args=())
+def residual_soft_value_op(
+    q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float
+) -> tuple[Tensor, Tensor]:
+    """v and, without gradient, the lse of the scores."""
+    return kernels.residual_soft_value(q_logits, base_logits, alpha_0, alpha_tilde)
+
+
+@residual_soft_value_op.register_fake
+def _(q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float) -> tuple[Tensor, Tensor]:
+    value = q_logits.new_empty(q_logits.shape[0], dtype=torch.float32)
+    return value, torch.empty_like(value)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::residual_soft_value_bwd", mutates_args=())
+def residual_soft_value_bwd_op(
+    q_logits: Tensor, base_logits: Tensor, lse: Tensor, grad_value: Tensor, alpha_0: float, alpha_tilde: float
+) -> Tensor:
+    return kernels.residual_soft_value_bwd(q_logits, base_logits, lse, grad_value, alpha_0, alpha_tilde)
+
+
+@residual_soft_value_bwd_op.register_fake
+def _(
+    q_logits: Tensor, base_logits: Tensor, lse: Tensor, grad_value: Tensor, alpha_0: float, alpha_tilde: float
+) -> Tensor:
+    return torch.empty_like(q_logits, memory_format=torch.contiguous_format)
+
+
+def _keep_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q_logits, base_logits, ctx.alpha_0, ctx.alpha_tilde = inputs
+    ctx.save_for_backward(q_logits, base_logits, output[1])
+    only_first(ctx, output)
+
+
+def _soft_value_backward(ctx: Any, grad_value: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    gradient = residual_soft_value_bwd_op(*ctx.saved_tensors, grad_value.contiguous(), ctx.alpha_0, ctx.alpha_tilde)
+    return gradient, None, None, None
+
+
+residual_soft_value_op.register_autograd(_soft_value_backward, setup_context=_keep_logits)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::residual_log_probs", mutates_args=())
+def residual_log_probs_op(q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float) -> Tensor:
+    return kernels.residual_log_probs(q_logits, base_logits, alpha_0, alpha_tilde)
+
+
+@residual_log_probs_op.register_fake
+def _(q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float) -> Tensor:
+    return q_logits.new_empty(q_logits.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::residual_log_probs_bwd", mutates_args=())
+def residual_log_probs_bwd_op(log_probs: Tensor, grad: Tensor, alpha_tilde: float, dtype: torch.dtype) -> Tensor:
+    return kernels.residual_log_probs_bwd(log_probs, grad, alpha_tilde, dtype)
+
+
+@residual_log_probs_bwd_op.register_fake
+def _(log_probs: Tensor, grad: Tensor, alpha_tilde: float, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(log_probs, dtype=dtype)
+
+
+def _keep_log_probs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+    ctx.alpha_tilde, ctx.dtype = inputs[3], inputs[0].dtype
+
+
+def _log_probs_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (log_probs,) = ctx.saved_tensors
+    gradient = residual_log_probs_bwd_op(log_probs, _with_neighbouring_columns(grad), ctx.alpha_tilde, ctx.dtype)
+    return gradient, None, None, None
+
+
+residual_log_probs_op.register_autograd(_log_probs_backward, setup_context=_keep_log_probs)
+
+
+def _with_neighbouring_columns(logits: Tensor) -> Tensor:  # (..., V) -> (N, V)
+    """As a matrix whose rows may lie anywhere; copied only where the columns of a row are not neighbours."""
+    matrix = logits.reshape(-1, logits.shape[-1])
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def residual_log_probs_triton(q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float) -> Tensor:
+    rows = (_with_neighbouring_columns(logits) for logits in (q_logits, base_logits))
+    return residual_log_probs_op(*rows, float(alpha_0), float(alpha_tilde)).view(q_logits.shape)
+
+
+def residual_soft_value_triton(q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float) -> Tensor:
+    rows = (_with_neighbouring_columns(logits) for logits in (q_logits, base_logits))
+    return residual_soft_value_op(*rows, float(alpha_0), float(alpha_tilde))[0].view(q_logits.shape[:-1])

@@ -1,0 +1,245 @@
+"""`soft_value` and `state_action_values` on Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastqadapter.ops.soft_value import HeadParams
+from fastqadapter.ops.triton.operators import NAMESPACE, only_first, scale_gradient
+from fastqadapter_kernels.triton import soft_value as kernels
+from fastqadapter_kernels.triton import soft_value_lse as lse_kernels
+from fastqadapter_kernels.triton import taken_value as taken_kernels
+
+
+def _per_row(hidden: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::soft_value", mutates_args=())
+def soft_value_op(
+    hidden_q: Tensor,
+    hidden_b: Tensor,
+    weight: Tensor,
+    bias_b: Tensor | None,
+    bias_q: Tensor | None,
+    base_lse: Tensor | None,
+    alpha_0: float,
+    alpha_tilde: float,
+    logit_scale: float,
+    softcap: float | None,
+    difference: bool,
+) -> tuple[Tensor, Tensor]:
+    """v and lse(b), without gradient and without logits."""
+    return lse_kernels.soft_value_lse(
+        hidden_q, hidden_b, weight, bias_b, bias_q, base_lse, alpha_0, alpha_tilde, logit_scale, softcap, difference
+    )
+
+
+@soft_value_op.register_fake
+def _(hidden_q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _per_row(hidden_q), _per_row(hidden_q)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::soft_value_and_gradient", mutates_args=())
+def soft_value_and_gradient_op(
+    hidden_q: Tensor,
+    hidden_b: Tensor,
+    weight: Tensor,
+    bias_b: Tensor | None,
+    bias_q: Tensor | None,
+    base_lse: Tensor | None,
+    alpha_0: float,
+    alpha_tilde: float,
+    logit_scale: float,
+    softcap: float | None,
+    difference: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v, lse(b) and e = dv/dhidden_q."""
+    return kernels.soft_value_and_gradient(
+        hidden_q, hidden_b, weight, bias_b, bias_q, base_lse, alpha_0, alpha_tilde, logit_scale, softcap, difference
+    )
+
+
+@soft_value_and_gradient_op.register_fake
+def _(hidden_q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _per_row(hidden_q), _per_row(hidden_q), torch.empty_like(hidden_q, dtype=torch.float32)
+
+
+def _keep_expected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2])
+    ctx.hidden_dtype = inputs[0].dtype
+    only_first(ctx, output)
+
+
+def _scale_expected(ctx: Any, grad_value: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (expected,) = ctx.saved_tensors
+    return (scale_gradient(expected, grad_value[:, None], ctx.hidden_dtype), *[None] * 10)
+
+
+soft_value_and_gradient_op.register_autograd(_scale_expected, setup_context=_keep_expected)
+
+
+def soft_value_triton(
+    hidden_q: Tensor,  # (N, D)
+    hidden_b: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    params: HeadParams,
+    base_lse: Tensor | None,  # (N,)
+) -> tuple[Tensor, Tensor]:  # v (N,), base_lse (N,)
+    """The form with the expected embedding where a gradient may be asked for, else the one without logits."""
+    with_gradient = torch.is_grad_enabled() and hidden_q.requires_grad
+    op = soft_value_and_gradient_op if with_gradient else soft_value_op
+    return op(*_tensors(hidden_q, hidden_b, weight, params, base_lse), *_numbers(params))[:2]
+
+
+def _tensors(
+    hidden_q: Tensor, hidden_b: Tensor, weight: Tensor, params: HeadParams, base_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Vectors contiguous; matrices as they are: their strides are arguments of the kernels."""
+    bias_b, bias_q = (None if bias is None else bias.contiguous() for bias in (params.bias, params.bias_q))
+    return hidden_q, hidden_b, weight, bias_b, bias_q, None if base_lse is None else base_lse.float().contiguous()
+
+
+def _numbers(params: HeadParams) -> tuple[float, float, float, float | None, bool]:
+    # An integer would be a new kernel for each value, and a wrong type for the operator.
+    softcap = None if params.softcap is None else float(params.softcap)
+    return float(params.alpha_0), float(params.alpha_tilde), float(params.logit_scale), softcap, params.difference
+
+
+@torch.library.custom_op(f"{NAMESPACE}::state_action_values", mutates_args=())
+def state_action_values_op(
+    hidden_q: Tensor,
+    hidden_b: Tensor,
+    weight: Tensor,
+    bias_b: Tensor | None,
+    bias_q: Tensor | None,
+    base_lse: Tensor | None,
+    alpha_0: float,
+    alpha_tilde: float,
+    logit_scale: float,
+    softcap: float | None,
+    difference: bool,
+    states: Tensor,
+    actions: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """v (S,), W[a] . hidden_q[s] (M,), then without gradient: lse(b) (S,), e (S, D), and the transitions by state."""
+    value, lse, expected = kernels.soft_value_and_gradient(
+        hidden_q, hidden_b, weight, bias_b, bias_q, base_lse, alpha_0, alpha_tilde, logit_scale, softcap, difference
+    )
+    taken = taken_kernels.taken_value(hidden_q, weight, actions, states)
+    order, ends = taken_kernels.transitions_of_states(states, hidden_q.shape[0])
+    return value, taken, lse, expected, order, ends
+
+
+@state_action_values_op.register_fake
+def _(hidden_q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    states = others[-2]
+    ends = states.new_empty(hidden_q.shape[0] + 1, dtype=torch.int64)
+    expected = torch.empty_like(hidden_q, dtype=torch.float32)
+    taken = torch.empty_like(states, dtype=torch.float32)
+    return _per_row(hidden_q), taken, _per_row(hidden_q), expected, torch.empty_like(states, dtype=torch.int64), ends
+
+
+@torch.library.custom_op(f"{NAMESPACE}::hidden_gradient", mutates_args=())
+def hidden_gradient_op(
+    grad_value: Tensor | None,
+    expected: Tensor | None,
+    grad_taken: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`g_v e + sum g_q W[a]` for each state."""
+    return taken_kernels.hidden_gradient(grad_value, expected, grad_taken, weight, actions, order, ends, dtype)
+
+
+@hidden_gradient_op.register_fake
+def _(
+    grad_value: Tensor | None,
+    expected: Tensor | None,
+    grad_taken: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    return weight.new_empty((ends.shape[0] - 1, weight.shape[1]), dtype=dtype)
+
+
+def _keep_transitions(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, _, expected, order, ends = output
+    ctx.save_for_backward(expected, inputs[2], inputs[-1], order, ends)
+    ctx.hidden_dtype = inputs[0].dtype
+    only_first(ctx, output, 2)
+
+
+def _both_gradients(ctx: Any, grad_value: Tensor, grad_taken: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    expected, weight, actions, order, ends = ctx.saved_tensors
+    gradient = hidden_gradient_op(
+        grad_value.contiguous(), expected, grad_taken.contiguous(), weight, actions, order, ends, ctx.hidden_dtype
+    )
+    return (gradient, *[None] * 12)
+
+
+state_action_values_op.register_autograd(_both_gradients, setup_context=_keep_transitions)
+
+
+def state_action_values_triton(
+    hidden_q: Tensor,  # (S, D)
+    hidden_b: Tensor,  # (S, D)
+    weight: Tensor,  # (V, D)
+    params: HeadParams,
+    states: Tensor,  # (M,)
+    actions: Tensor,  # (M,)
+) -> tuple[Tensor, Tensor, Tensor]:  # v (S,), base_lse (S,), q[a] (M,)
+    """Both values with one gradient of the hidden states: one launch writes it, gather included."""
+    tensors = _tensors(hidden_q, hidden_b, weight, params, None)
+    states, actions = states.contiguous(), actions.contiguous()
+    if torch.is_grad_enabled() and hidden_q.requires_grad:
+        value, taken, lse, *_ = state_action_values_op(*tensors, *_numbers(params), states, actions)
+        return value, lse, taken
+    value, lse = soft_value_op(*tensors, *_numbers(params))
+    return value, lse, taken_value_op(hidden_q, weight, actions, states)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::taken_value", mutates_args=())
+def taken_value_op(hidden_q: Tensor, weight: Tensor, actions: Tensor, states: Tensor | None) -> Tensor:
+    """`W[a_t] . hidden_q[s_t]`, or of row t where `states` is None."""
+    return taken_kernels.taken_value(hidden_q, weight, actions, states)
+
+
+@taken_value_op.register_fake
+def _(hidden_q: Tensor, weight: Tensor, actions: Tensor, states: Tensor | None) -> Tensor:
+    return hidden_q.new_empty(actions.shape[0], dtype=torch.float32)
+
+
+def _keep_actions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden_q, weight, actions, states = inputs
+    ctx.save_for_backward(weight, actions, states)
+    ctx.rows, ctx.hidden_dtype = hidden_q.shape[0], hidden_q.dtype
+
+
+def _scatter_embeddings(ctx: Any, grad_taken: Tensor) -> tuple[Tensor | None, ...]:
+    weight, actions, states = ctx.saved_tensors
+    if states is None:
+        states = torch.arange(ctx.rows, device=actions.device)
+    order, ends = taken_kernels.transitions_of_states(states, ctx.rows)
+    gradient = hidden_gradient_op(None, None, grad_taken.contiguous(), weight, actions, order, ends, ctx.hidden_dtype)
+    return gradient, None, None, None
+
+
+taken_value_op.register_autograd(_scatter_embeddings, setup_context=_keep_actions)
+
+
+def taken_value_triton(
+    hidden_q: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    actions: Tensor,  # (N,)
+) -> Tensor:  # (N,)
+    return taken_value_op(hidden_q, weight, actions.contiguous(), None)

@@ -1,0 +1,207 @@
+"""Compile every kernel, in every configuration that its rule can choose, for GPUs that need not be here.
+
+    python tools/compile_kernels.py                            check all, print what is wrong
+    python tools/compile_kernels.py --write docs/kernels.md    and write the tables there
+
+Fails on a compile error, a spill or stack, shared memory beyond the device, a 16-bit matrix kernel without its chip's
+tensor-core instruction, and a row kernel with loads of less than 16 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+
+from fastqadapter_kernels.triton import preference_loss, residual, soft_value, soft_value_lse, taken_value
+from kernel_compiler import GPUS, LAUNCHER_MODULES, Launch, Report, compile_launch, recorded_launches
+
+LAUNCHER_MODULES[:] = [residual, soft_value, soft_value_lse]
+# Rows, hidden size, vocabulary. More models would add nothing: the code depends on sizes through the rules alone.
+SHAPES = {
+    "Llama-3-8B": (4096, 4096, 128256),
+    "Llama-2-7B": (4096, 4096, 32000),
+    "V = 16384": (64, 1024, 16384),
+    "SmolLM2-135M, N = 33": (33, 576, 49152),
+}
+RAGGED = "ragged"
+RAGGED_SHAPE = (1, 123, 507)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MARKER = "<!-- tables by tools/compile_kernels.py -->"
+MATRIX = {"soft_value_lse"}
+NARROW = {"LDG.64", "LDG.32", "LDG.16", "load.64", "load.32", "load.16"}
+# Loads of single numbers (an action, a lse), which are no vectors, in kernels whose other loads must be 16 bytes wide.
+# The loop over the transitions of a state is unrolled four times.
+SCALAR_LOADS = {
+    "probabilities": 1,
+    "residual_soft_value": 0,
+    "residual_soft_value_bwd": 2,
+    "residual_log_probs": 0,
+    "residual_log_probs_bwd": 0,
+    "taken_value": 2,
+    "hidden_gradient": 27,
+}
+
+
+def launchers(rows: int, size: int, vocab: int, dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Calls of every launcher with every combination of what changes the code of its kernels."""
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    hidden, weight, bias, lse = meta(rows, size), meta(vocab, size), meta(vocab), meta(rows, dtype=torch.float32)
+    for softcap, b in ((None, None), (30.0, bias), (None, bias)):
+        for known in (None, lse):
+            args = (hidden, hidden, weight, b, b, known, 0.7, 1.3, 0.9, softcap, False)
+            yield lambda args=args: soft_value_lse.soft_value_lse(*args)
+            yield lambda args=args: soft_value.soft_value_and_gradient(*args)
+
+    logits, grad = meta(rows, vocab), meta(rows, vocab, dtype=torch.float32)
+    yield lambda: residual.residual_soft_value(logits, logits, 0.7, 1.3)
+    yield lambda: residual.residual_soft_value_bwd(logits, logits, lse, lse, 0.7, 1.3)
+    yield lambda: residual.residual_log_probs(logits, logits, 0.7, 1.3)
+    yield lambda: residual.residual_log_probs_bwd(grad, grad, 1.3, dtype)
+
+    index = meta(rows, dtype=torch.int64)
+    ends = meta(rows + 1, dtype=torch.int64)
+    for states in (None, index):
+        for source in (hidden, meta(rows, size, dtype=torch.float32)):
+            yield lambda states=states, source=source: taken_value.taken_value(source, weight, index, states)
+    expected = meta(rows, size, dtype=torch.float32)
+    for value in ((lse, expected), (None, None)):
+        for out in (dtype, torch.float32):
+            args = (*value, lse, weight, index, index, ends, out)
+            yield lambda args=args: taken_value.hidden_gradient(*args)
+    args = (lse, lse, index, meta(2 * rows + 1, dtype=torch.int64), lse, lse, 1.0, 0.1)
+    yield lambda: preference_loss.preference_loss(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    gpu: str
+    dtype: str
+    shape: str  # the first of SHAPES that needs this launch
+    launch: Launch
+
+    @property
+    def configuration(self) -> str:
+        blocks = [str(value) for name, value in self.launch.constants if name.startswith("BLOCK_")]
+        flags = [name.lower() for name, value in self.launch.constants if value is True and name != "UPCAST"]
+        options = dict(self.launch.options)
+        stages = f", {options['num_stages']} stages" if "num_stages" in options else ""
+        return f"{'x'.join(blocks)}, {options['num_warps']} warps{stages} {' '.join(flags)}".strip()
+
+
+def jobs(gpus: list[str]) -> list[Job]:
+    """Every distinct launch, each with the first shape that needs it."""
+    found: dict[tuple[str, str, Launch], Job] = {}
+    for gpu in gpus:
+        for dtype_name, dtype in DTYPES.items():
+            for shape_name, shape in {**SHAPES, RAGGED: RAGGED_SHAPE}.items():
+                with recorded_launches(GPUS[gpu].hardware) as launches:
+                    for launch in launchers(*shape, dtype):
+                        launch()
+                for launch in launches:
+                    found.setdefault((gpu, dtype_name, launch), Job(gpu, dtype_name, shape_name, launch))
+    return list(found.values())
+
+
+def problems(job: Job, report: Report) -> Iterator[str]:
+    """What must not be in the machine code."""
+    gpu, name = GPUS[job.gpu], job.launch.name
+    if report.spills:
+        yield f"spills or stack ({report.spills})"
+    if report.shared > gpu.shared_per_block:
+        yield f"{report.shared} bytes of shared memory, the device has {gpu.shared_per_block}"
+    if not report.blocks:
+        yield "no block fits on a multiprocessor"
+    if name in MATRIX and job.dtype != "fp32" and not report.instructions.get(gpu.tensor_core):
+        yield f"no {gpu.tensor_core}"
+    if name in MATRIX and dict(job.launch.constants)["PRECISION"] not in ("ieee", "tf32x3"):
+        yield "plain TF32 products"
+    narrow = sum(count for kind, count in report.instructions.items() if kind in NARROW)
+    if job.shape != RAGGED and narrow > SCALAR_LOADS.get(name, narrow):
+        yield f"{narrow} loads of less than 16 bytes, {SCALAR_LOADS[name]} expected"
+
+
+def check(job: Job) -> tuple[Report | None, list[str]]:
+    try:
+        report = compile_launch(job.launch, GPUS[job.gpu])
+    except Exception as error:  # whatever stage of the compiler it comes from
+        return None, [f"does not compile: {str(error).strip().splitlines()[-1]}"]
+    return report, list(problems(job, report))
+
+
+def check_numbered(number: int) -> tuple[Report | None, list[str]]:
+    return check(TODO[number])
+
+
+TODO: list[Job] = []  # kernels cannot be pickled, so workers are forked from this process and given numbers
+
+
+def tables(checked: list[tuple[Job, Report]]) -> str:
+    """Markdown: one row for each kernel, dtype and configuration of real shapes; of its variants the largest needs."""
+    lines = [f"Triton {triton.__version__}, fp16 as bf16."]
+    for gpu_name, gpu in GPUS.items():
+        rows: dict[tuple[str, str, str], Report] = {}
+        for job, report in checked:
+            if job.gpu == gpu_name and job.dtype != "fp16" and job.shape != RAGGED:
+                key = (job.launch.name, job.dtype, job.configuration)
+                rows[key] = max(rows.get(key, report), report, key=lambda report: report.registers)
+        if rows:
+            unit = "multiprocessor" if gpu.target.backend == "cuda" else "compute unit"
+            lines += ["", f"### {gpu_name} ({gpu.name})", ""]
+            lines += [f"| kernel | dtype | configuration | registers | shared | blocks a {unit} | instructions |"]
+            lines += ["| --- | --- | --- | ---: | ---: | ---: | --- |"]
+        for (kernel, dtype, configuration), report in rows.items():
+            found = ", ".join(f"{count} {name}" for name, count in report.instructions.items())
+            lines += [
+                f"| {kernel} | {dtype} | {configuration} | {report.registers} | {report.shared} | {report.blocks} "
+                f"| {found} |"
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def write_tables(path: Path, text: str) -> None:
+    """Replace what follows the marker in the page."""
+    before = path.read_text(encoding="utf-8").split(MARKER)[0]
+    path.write_text(f"{before}{MARKER}\n\n{text}", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS))
+    parser.add_argument("--write", type=Path, help="page whose tables are replaced, e.g. docs/kernels.md")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    options = parser.parse_args()
+    if options.write and MARKER not in options.write.read_text(encoding="utf-8"):
+        parser.error(f"{options.write} has no line {MARKER!r} after which the tables could stand")
+
+    TODO.extend(jobs(options.gpus))
+    checked, failures = [], 0
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        results = tqdm(pool.imap(check_numbered, range(len(TODO))), total=len(TODO), unit=" kernels", disable=None)
+        for job, (report, wrong) in zip(TODO, results, strict=True):
+            for problem in wrong:
+                failures += 1
+                tqdm.write(f"{job.gpu} {job.dtype} {job.shape}: {job.launch.name} {job.configuration}: {problem}")
+            if report is not None:
+                checked.append((job, report))
+    print(f"{len(TODO)} kernels compiled for {', '.join(options.gpus)}: {failures} problems")
+    if options.write:
+        write_tables(options.write, tables(checked))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
