@@ -303,8 +303,10 @@ def test_opcheck(name: str):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("backend", ["triton", "auto", "torch"])
-def test_compiles_as_one_graph(compiler: str, backend: str):
+def test_compiles_as_one_graph(compiler: str, backend: str, monkeypatch: pytest.MonkeyPatch):
     """Loss and backward of a batch, without a graph break; `auto` decides while it is traced."""
+    # inductor imports setuptools, which refuses to be imported after the standard library's distutils.
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     case = problem(rows=4, dtype=torch.float32).to(DEVICE)
     states, actions = torch.tensor([0, 1, 0, 2, 2, 3], device=DEVICE), torch.arange(6, device=DEVICE)
     config = SimpleNamespace(gamma=0.9, beta=0.1)

@@ -19,7 +19,7 @@ from unittest import mock
 
 import triton
 from triton._C.libtriton import native_specialize_impl
-from triton.backends.compiler import GPUTarget
+from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -90,7 +90,7 @@ def _specialised(kernel: JITFunction, arguments: dict[str, Any], options: dict[s
         if parameter.is_constexpr:
             kind, key = "constexpr", ""
         else:
-            kind, key = native_specialize_impl(triton.backends.compiler.BaseBackend, value, False, True, True)
+            kind, key = native_specialize_impl(BaseBackend, value, False, not parameter.do_not_specialize, True)
         signature.append((parameter.name, kind))
         if kind == "constexpr":
             constants.append((parameter.name, value))

@@ -74,7 +74,7 @@ def _softplus(x):
     return tl.maximum(x, 0.0) + log1p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])  # the last batch of an epoch is smaller
 def _preference_loss_kernel(
     q_taken_ptr, values_ptr, value_rows_ptr,  # (m,), (s,), (m,)
     branch_ends_ptr, divisor_ptr, squares_divisor_ptr,  # (2b + 1,), (b,), (b,)

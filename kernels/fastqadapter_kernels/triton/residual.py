@@ -95,7 +95,7 @@ def _residual_soft_value_bwd_kernel(
     tl.store(grad_q_ptr + row * v + columns, grad_q.to(grad_q_ptr.dtype.element_ty), mask=columns < v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # the number of rows changes from call to call
 def _residual_log_probs_kernel(
     q_ptr, b_ptr,  # (n, v), (n, v)
     out_ptr,  # (n, v) fp32
@@ -128,7 +128,7 @@ def _residual_log_probs_kernel(
                 tl.store(out_row + columns, c - shift - log_total, mask=columns < v, eviction_policy="evict_first")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # the number of rows changes from call to call
 def _residual_log_probs_bwd_kernel(
     log_probs_ptr, grad_ptr,  # (n, v), (n, v) fp32
     grad_q_ptr,  # (n, v)

@@ -123,7 +123,8 @@ def _load_bias(bias_ptr, offsets, v, HAS_BIAS: tl.constexpr):
     return bias[None, :]
 
 
-@triton.jit
+# What changes from batch to batch must not be compiled in: each would be a new kernel, seconds in the midst of a run.
+@triton.jit(do_not_specialize=["n", "row_blocks", "group", "tiles_per_span", "spans"])
 def _soft_value_lse_kernel(
     h_b, d_q, w, bias_b_ptr, bias_q_ptr,  # tensors (n, d), (n, d), (v, d), (v,), (v,), or descriptors
     partial_ptr,  # (4 or 2, spans, n)
@@ -196,7 +197,7 @@ def _combine_spans(partial_ptr, rows, n, spans, BLOCK_N: tl.constexpr):
     return log_sum_exp(maximum, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "spans"])
 def _combine_spans_kernel(
     partial_ptr,  # (4 or 2, spans, n)
     base_lse_ptr, value_ptr,  # (n,), (n,)
