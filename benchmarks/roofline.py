@@ -5,9 +5,8 @@
 
 For each op: floating-point operations and bytes that its algorithm cannot do without, the time in which a GPU could do
 those at its *measured* rates (the floor), and the time of our implementation by the same rates, with every pass over
-memory that it makes. Rates are inputs, in TFLOP/s and TB/s: peak bf16, measured GEMM, peak bandwidth, measured copy;
-and the last cache that all multiprocessors share, in MiB,
-and their number.
+memory that it makes, in the tiles and chunks that its rules choose. Rates are inputs: peak bf16 and measured GEMM in
+TFLOP/s, peak bandwidth and measured copy in TB/s, the last cache that all multiprocessors share in MiB, their number.
 """
 
 from __future__ import annotations
@@ -17,10 +16,14 @@ import dataclasses
 import sys
 from collections.abc import Callable
 
-BF16, FP32 = 2, 4
-SCRATCH_BYTES = 256 << 20
-ENOUGH_TO_DRAW = 0.45  # of the multiprocessors
-WHOLE_FWD, WHOLE_BWD = 32768, 16384  # scores of a row that stay in registers, see the kernels' residual.py
+import torch
+
+from fastqadapter_kernels.triton.device import Hardware
+from fastqadapter_kernels.triton.residual import ENOUGH_TO_DRAW, WHOLE_BWD, WHOLE_FWD
+from fastqadapter_kernels.triton.soft_value import SCRATCH_BYTES, rows_per_chunk
+from fastqadapter_kernels.triton.soft_value_lse import LseConfig
+
+BF16, FP32, INDEX = 2, 4, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Gpu:
     copy_tbytes: float
     cache_mib: float
     multiprocessors: float
+    arch: str = "sm_90"
+
+    @property
+    def hardware(self) -> Hardware:
+        return Hardware(self.arch, int(self.multiprocessors), int(self.cache_mib * 2**20))
 
 
 # Peaks from NVIDIA's data sheets. Measured GEMM rates: A100 208 TFLOP/s in a fused GEMM and log-sum-exp
@@ -38,7 +46,7 @@ class Gpu:
 # Liger-Kernel, SM90 linear cross-entropy). For the A100's cuBLAS 255, four fifths of the peak, is an assumption, as are
 # copies at nine tenths of the peak bandwidth (Dao-AILab/quack measured 90 % for a softmax on an H100).
 GPUS = {
-    "A100": Gpu(312, 255, 2.04, 1.83, 40, 108),
+    "A100": Gpu(312, 255, 2.04, 1.83, 40, 108, "sm_80"),
     "H100": Gpu(989, 700, 3.35, 3.01, 50, 132),
     "H200": Gpu(989, 745, 4.8, 4.3, 50, 132),
 }
@@ -70,7 +78,7 @@ def training(n: int, d: int, v: int, products: int) -> tuple[Cost, Cost]:
     flops = 2.0 * n * d * v * products
     streams = products - 1  # of states that are multiplied with W before the expected embedding
     least = v * d * BF16 + streams * n * d * BF16 + n * d * FP32
-    chunk = max(1, SCRATCH_BYTES // (streams * v * BF16) // 128 * 128)
+    chunk = rows_per_chunk(streams * v * BF16, SCRATCH_BYTES)
     chunks = -(-n // chunk)
     scores = n * v * BF16
     product_bytes = 2 * chunks * v * d * BF16 + streams * scores + scores + n * d * FP32
@@ -83,34 +91,37 @@ def evaluation(gpu: Gpu, n: int, d: int, v: int, products: int) -> tuple[Cost, C
     """`soft_value` without gradient, 2 products, or 1 with a given lse(b). Ours reads W once for each group of rows."""
     flops = 2.0 * n * d * v * products
     states = products * n * d * BF16
-    tile_rows, tile_columns = (64 if n <= 64 else 128), 128 if products == 2 else 256
-    row_blocks = -(-n // tile_rows)
-    group = max(1, int(gpu.cache_mib * 2**20) // 4 // (tile_rows * products * d * BF16))
-    padded = row_blocks * tile_rows / n * -(-v // tile_columns) * tile_columns / v
-    partial = 2 * 2 * products * n * FP32 * -(-v // (16 * tile_columns))  # written, then read
+    config = LseConfig.rule(gpu.hardware, torch.bfloat16, n, products == 2, aligned=True)
+    row_blocks, tiles = -(-n // config.block_n), -(-v // config.block_v)
+    group = config.blocks_in_cache(gpu.hardware, products * d * BF16)
+    spans = -(-tiles // config.tiles_per_span(gpu.hardware, n, v))
+    padded = row_blocks * config.block_n / n * tiles * config.block_v / v
+    partial = 2 * 2 * products * n * FP32 * spans  # maximum and sum, written, then read
     weights = -(-row_blocks // group) * v * d * BF16
     return Cost(flops, v * d * BF16 + states), Cost(flops * padded, weights + states, partial)
 
 
 def loss_gradient(n: int, d: int, v: int) -> tuple[Cost, Cost]:
-    """`g_v e + g_q W[a]`: one row of e and one of W in, one out."""
-    least = n * d * (FP32 + BF16 + FP32)
-    return Cost(pass_bytes=least), Cost(pass_bytes=least)
+    """`g_v e + g_q W[a]`: one row of e and one of W in, one out; ours also sorts the transitions by state."""
+    least = n * d * (FP32 + BF16 + FP32) + n * (2 * FP32 + INDEX)
+    sorting = 4 * 2 * 2 * n * INDEX  # four passes that read and write keys and places
+    return Cost(pass_bytes=least), Cost(pass_bytes=least + sorting + 2 * n * INDEX)
 
 
 def taken(n: int, d: int, v: int) -> tuple[Cost, Cost]:
-    least = n * d * (FP32 + BF16)
-    return Cost(pass_bytes=least), Cost(pass_bytes=least)
+    """The state is read in fp32, as the loss gives it."""
+    least = n * d * (FP32 + BF16) + n * (INDEX + FP32)
+    return Cost(pass_bytes=least), Cost(pass_bytes=least + n * INDEX)
 
 
 def logit_soft_value(n: int, d: int, v: int) -> tuple[Cost, Cost]:
-    least = 2 * n * v * BF16
-    return Cost(pass_bytes=least), Cost(pass_bytes=least)
+    least = 2 * n * v * BF16 + n * FP32
+    return Cost(pass_bytes=least), Cost(pass_bytes=least + n * FP32)  # the lse of the scores, for the gradient
 
 
 def logit_soft_value_backward(n: int, d: int, v: int) -> tuple[Cost, Cost]:
-    least = 3 * n * v * BF16
-    return Cost(pass_bytes=least), Cost(pass_bytes=least)
+    least = 3 * n * v * BF16 + n * FP32
+    return Cost(pass_bytes=least), Cost(pass_bytes=least + n * FP32)
 
 
 def logit_policy(
@@ -147,7 +158,7 @@ def ratio(op: str, gpu: Gpu, n: int, d: int, v: int) -> float:
 def parse_gpu(text: str) -> tuple[str, Gpu]:
     try:
         name, numbers = text.split("=")
-        return name, Gpu(*map(float, numbers.split(",")))
+        return name, Gpu(*map(float, numbers.split(",")))  # in the tiles of sm_90
     except (TypeError, ValueError):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not NAME=peak TFLOP/s,GEMM TFLOP/s,peak TB/s,copy TB/s,cache MiB,multiprocessors, for one "

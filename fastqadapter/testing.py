@@ -56,7 +56,7 @@ def assert_close_to_truth(
 
     entry = int(error.argmax())
     worst = error.flatten()[entry].item()
-    where = tuple(int(index) for index in torch.unravel_index(torch.tensor(entry), error.shape))
+    where = tuple(int(index) for index in torch.unravel_index(torch.tensor(entry, device="cpu"), error.shape))
     assert worst <= 2.0 * worst_of_eager + EPS[storage], (
         f"{name}: entry {where} is {got.flatten()[entry].item():g}, truth {truth.flatten()[entry].item():g}: relative "
         f"error {worst:.2g} > 2 * {worst_of_eager:.2g} (eager in {storage}) + {EPS[storage]:.2g}"

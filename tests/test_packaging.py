@@ -56,7 +56,7 @@ def test_transformers_finds_the_real_kernels_package():
     ("statement", "absent"),
     [
         ("import fastqadapter", {"torch", "transformers", "peft", "triton"}),
-        ("import fastqadapter.ops", {"transformers", "peft", "accelerate", "datasets"}),
+        ("import fastqadapter.ops", {"transformers", "peft", "accelerate", "datasets", "triton"}),
         ("import fastqadapter_kernels.cpu", {"torch", "transformers", "peft", "triton", "fastqadapter"}),
     ],
 )

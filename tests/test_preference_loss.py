@@ -14,6 +14,7 @@ from torch import Tensor
 from backend_cases import BACKENDS, each_backend, each_float64_backend, move, place, serves, tolerance, wide
 from fastqadapter import ops
 from fastqadapter.ops import Pairs
+from fastqadapter.ops.preference_loss import IMPLEMENTATIONS
 from fastqadapter.testing import assert_close_to_truth
 
 float64 = torch.float64
@@ -209,6 +210,38 @@ def test_margins_far_out_keep_their_loss_and_slope(backend: str):
         assert (loss.item(), q_taken.grad.tolist()) == (loss_by_hand, [slope, -slope])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("branch_ends", [0, 2, 3, 4, 9]),
+        ("branch_ends", [0, 2, 1, 4, 6]),
+        ("branch_ends", [-3, 2, 3, 4, 6]),
+        ("value_rows", [1, -1, -1, -1, 999, -1]),
+    ],
+)
+def test_kernel_survives_what_no_check_may_look_at(field: str, value: list[int]):
+    """On a GPU no check reads the indices: the kernel then touches no foreign memory, and the loss is NaN."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    pairs = dataclasses.replace(two_pairs(), **{field: torch.tensor(value)})
+    q_taken, values, *fields = place("triton", *inputs(), *(getattr(pairs, f.name) for f in dataclasses.fields(pairs)))
+    args = (q_taken, values, Pairs(*(x.float() if x.is_floating_point() else x for x in fields)), 0.5, 0.1)
+    loss, _ = IMPLEMENTATIONS["triton"].run(*args)
+    assert loss.isnan()
+
+
+@each_backend
+def test_second_derivative_is_right_or_refused(backend: str):
+    q_taken, values = (tensor.detach().to(wide(backend)).requires_grad_() for tensor in inputs())
+    loss, _ = preference_loss(q_taken, values, two_pairs(), CONFIG, backend)
+    (gradient,) = torch.autograd.grad(loss, q_taken, create_graph=True)
+    if backend == "triton":
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.square().sum().backward()
+    else:
+        gradient.square().sum().backward()
+        assert (q_taken.grad != 0).any()
+
+
 WIDE_DTYPES = [(name, dtype) for name in BACKENDS for dtype in (torch.float32, float64) if serves(name, dtype)]
 
 
@@ -263,6 +296,12 @@ ERRORS: list[tuple[str, Any, str]] = [
 PAIRS_ERRORS: list[tuple[str, Tensor, str]] = [
     ("value_rows", torch.zeros(6, dtype=torch.int64, device="meta"), "on meta, q_taken on cpu"),
     ("value_rows", torch.zeros(6), "value_rows.*float32"),
+    ("value_rows", torch.full((6, 1), -1), r"value_rows has shape \(6, 1\); expected \(M,\) = \(6,\)"),
+    ("value_rows", torch.tensor([0, 1, 2, 3, 4, -1]), r"value_rows: row 4 is outside values \[0, 4\)"),
+    ("branch_ends", torch.tensor([0, 2, 3, 4, 7]), r"branch_ends=\[0, 2, 3, 4, 7\] does not rise from 0 to M = 6"),
+    ("branch_ends", torch.tensor([0, 4, 3, 4, 6]), r"branch_ends=\[0, 4, 3, 4, 6\] does not rise"),
+    ("branch_ends", torch.tensor([1, 2, 3, 4, 6]), r"branch_ends=\[1, 2, 3, 4, 6\] does not rise"),
+    ("divisor", torch.ones(2, requires_grad=True), r"divisor.requires_grad=True"),
     ("branch_ends", torch.tensor([0, 2, 3, 4]), r"branch_ends.*\(4,\).*\(5,\)"),
     ("branch_ends", torch.tensor([0, 2, 3, 4, 6], device="meta"), "branch_ends.* on meta, q_taken on cpu"),
     ("divisor", torch.ones(2, 1), r"divisor.*\(2, 1\)"),

@@ -172,6 +172,9 @@ def test_bad_row_spoils_itself_and_no_other(head: str, which: str, cached: bool,
         getattr(case, which)[4, 2] = bad
         value, lse, gradient = case.run(backend)
         assert not value[4].isfinite(), bad
+        assert not gradient[4].isfinite().all(), bad
+        if which == "hidden_b" and not cached:
+            assert not lse[4].isfinite(), bad
         for name, result, clean in zip(("v", "lse", "gradient"), (value, lse, gradient), expected, strict=True):
             assert torch.equal(result[others], clean[others]), (bad, name)
 
@@ -241,21 +244,25 @@ def test_backward_twice_gives_the_same_gradient(head: str, backend: str):
 
 
 @each_backend
-def test_second_derivative_is_right_or_refused(backend: str):
-    """A gradient penalty, for one; never silently without the derivative of `e`."""
+@pytest.mark.parametrize("curved", [False, True])
+def test_second_derivative_is_right_or_refused(curved: bool, backend: str):
+    """A gradient penalty, for one; never silently without the derivative of `e`, also where the upstream gradient is
+    a constant."""
     case = problem(dtype=wide(backend))
 
     def second_derivative(backend: str) -> Tensor:
         hidden_q = case.hidden_q.detach().requires_grad_()
         value, _ = dataclasses.replace(case, hidden_q=hidden_q).value(backend)
-        (gradient,) = torch.autograd.grad(value.square().sum(), hidden_q, create_graph=True)
-        return torch.autograd.grad(gradient.square().sum(), hidden_q)[0]
+        total = value.square().sum() if curved else value.sum()
+        (gradient,) = torch.autograd.grad(total, hidden_q, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum() + value.sum(), hidden_q)[0]
 
     expected = second_derivative("eager")
-    try:
-        result = second_derivative(backend)
-    except RuntimeError:
+    if backend != "eager":
+        with pytest.raises(RuntimeError, match="no second derivative: use backend='eager'"):
+            second_derivative(backend)
         return
+    result = second_derivative(backend)
     torch.testing.assert_close(result, expected)
 
 
@@ -303,6 +310,11 @@ ERRORS: list[tuple[str, Any, str]] = [
     ("difference", True, "difference=True .* softcap"),
     ("weight", torch.zeros(37, 6, requires_grad=True), r"weight\.requires_grad=True.*requires_grad_\(False\)"),
     ("weight", torch.zeros(37), r"weight has shape \(37,\); expected \(V, D\)"),
+    ("alpha_0", torch.tensor(0.7), r"alpha_0=tensor\(.*\) is no Python number: pass float\(alpha_0\)"),
+    ("alpha_tilde", "1", "alpha_tilde='1' is no Python number"),
+    ("softcap", "1", "softcap='1' is no Python number"),
+    ("logit_scale", None, "logit_scale=None is no Python number"),
+    ("weight", torch.zeros(37, 0), r"weight has shape \(37, 0\); expected .* D >= 1"),
     ("weight", torch.zeros(0, 6), r"weight has shape \(0, 6\); expected .* V >= 1"),
     ("weight", torch.zeros(37, 6, dtype=torch.int64), r"weight has dtype torch\.int64; expected .*bfloat16"),
     ("weight", torch.zeros(37, 6, device="meta"), "hidden_q is on cpu, weight on meta"),

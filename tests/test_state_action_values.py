@@ -11,6 +11,7 @@ from torch import Tensor
 
 from backend_cases import each_backend, each_backend_and_dtype, each_float64_backend, move, wide
 from fastqadapter import ops
+from fastqadapter.ops.state_action_values import IMPLEMENTATIONS
 from fastqadapter.testing import assert_close_to_truth
 from soft_value_problem import Problem, head_options, problem
 
@@ -105,11 +106,24 @@ def test_no_transitions(backend: str):
     torch.testing.assert_close(gradient, expected)
 
 
+def test_kernel_gives_nan_for_a_state_that_no_check_may_look_at():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    case = problem(dtype=torch.float32)
+    tensors = move("triton", case.hidden_q.requires_grad_(), case.hidden_b, case.weight)
+    indices = move("triton", torch.tensor([-1, 0, 5, 4]), torch.tensor([1, 2, 3, 4]))
+    value, _, products = IMPLEMENTATIONS["triton"].run(*tensors, params_of(case), *indices)
+    assert products.isnan().tolist() == [True, False, True, False] and value.isfinite().all()
+    (gradient,) = torch.autograd.grad(products.nan_to_num().sum(), case.hidden_q)
+    assert gradient.isfinite().all()
+
+
 ERRORS: list[tuple[str, Any, str]] = [
     ("states", torch.zeros(7), r"states is torch\.float32 \(7,\); expected \(M,\) int64 or int32"),
     ("states", torch.zeros(7, 1, dtype=torch.int64), r"states is torch\.int64 \(7, 1\)"),
     ("states", torch.zeros(7, dtype=torch.int64, device="meta"), "states is on meta, weight on cpu"),
-    ("actions", torch.zeros(6, dtype=torch.int64), r"actions has shape \(6,\); expected \(N,\) = \(7,\)"),
+    ("states", torch.full((7,), 5), r"state 5 is outside the rows of hidden_q \[0, 5\)"),
+    ("states", torch.full((7,), -1), r"state -1 is outside the rows of hidden_q"),
+    ("actions", torch.zeros(6, dtype=torch.int64), r"actions has shape \(6,\); expected \(M,\) = \(7,\)"),
     ("actions", torch.full((7,), 37), r"action 37 is outside the vocabulary \[0, 37\)"),
     ("hidden_q", torch.zeros(0, 6), "hidden_b has 5 rows, hidden_q 0"),
     ("params", ops.HeadParams(1.0, 0.0), r"alpha_tilde=0\.0 .* \(0, inf\)"),

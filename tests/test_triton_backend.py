@@ -16,7 +16,7 @@ from soft_value_problem import problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from fastqadapter.ops.triton import first_use  # noqa: E402
-from fastqadapter_kernels.triton import soft_value_lse, taken_value  # noqa: E402
+from fastqadapter_kernels.triton import device, soft_value_lse, taken_value  # noqa: E402
 
 backends = importlib.import_module("fastqadapter.ops.backends")  # the package has the function under this name
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -32,7 +32,7 @@ def soft_value(backend: str, **changes: Any) -> torch.Tensor:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled, not interpreted")
 def test_cpu_tensors_are_refused_by_name_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch):
     assert soft_value("triton").shape == (5,)
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(device, "INTERPRETED", False)
     with pytest.raises(ValueError, match="cannot serve soft_value: it needs tensors on a CUDA or ROCm GPU, .* cpu"):
         soft_value("triton")
     assert ops.backends()["triton"] == "no CUDA or ROCm GPU is available"
@@ -48,6 +48,21 @@ def test_meta_tensors_are_refused_by_name():
     logits = torch.zeros(2, 3, device="meta")
     with pytest.raises(ValueError, match="these are on meta"):
         ops.residual_soft_value(logits, logits, alpha_0=1.0, alpha_tilde=1.0, backend="triton")
+
+
+def test_other_differentiation_is_refused_by_name():
+    """The kernels have a backward pass alone; without a word they would pass for constants. `auto` goes on."""
+    hidden_q = problem(dtype=torch.float32).hidden_q
+
+    def value(backend: str) -> Any:
+        return lambda q: soft_value(backend, hidden_q=q).sum()
+
+    with pytest.raises(ValueError, match="cannot serve soft_value: it has no torch.func transforms"):
+        torch.func.grad(value("triton"))(hidden_q)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(hidden_q, torch.ones_like(hidden_q))
+        with pytest.raises(ValueError, match="it has no forward-mode derivative"):
+            value("triton")(dual)
 
 
 def test_absent_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
@@ -83,6 +98,23 @@ def small_try(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("op", first_use._TRIES)
 def test_every_op_passes_its_try(op: str, dtype: torch.dtype, small_try: None):
     assert first_use.failure(op, DEVICE, dtype) is None
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.autocast(DEVICE.type, torch.bfloat16),
+        lambda: torch.device("meta"),
+    ],
+    ids=["inference_mode", "no_grad", "autocast", "default device"],
+)
+def test_context_of_the_first_call_does_not_decide(context: Any, small_try: None):
+    """An evaluation before training must not switch the kernels off for the whole process."""
+    with context():
+        assert first_use.failure("soft_value", DEVICE, torch.float32) is None
+        assert first_use.failure("preference_loss", DEVICE, torch.float32) is None
 
 
 def test_every_op_has_a_try():
@@ -125,7 +157,7 @@ def test_auto_serves_what_the_try_allows(monkeypatch: pytest.MonkeyPatch):
         asked.append((op, device.type, dtype))
         return None if dtype == torch.bfloat16 else "it failed"
 
-    monkeypatch.setattr(backends, "_first_use_failure", failure)
+    monkeypatch.setattr(first_use, "failure", failure)
     implementation = backends.triton_implementation("an_op", print)
     for dtype in (torch.bfloat16, torch.float16):
         on_gpu = torch.empty(2, 3, dtype=dtype, device="meta")

@@ -3,6 +3,8 @@ tests/test_triton_kernels.py, and every test of the ops with backend `triton`.""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,6 +92,32 @@ def test_peak_memory(shape: str):
         before = torch.cuda.memory_allocated()
         with_gradient.value("triton")
         assert torch.cuda.max_memory_allocated() - before <= budget
+
+
+def test_no_host_sync():
+    """Forward and backward of everything that a training step calls."""
+    case = problem("SmolLM2-135M", torch.bfloat16)
+    states = torch.arange(ROWS, device="cuda").repeat_interleave(2)
+    actions = states % 1000
+    ends = torch.tensor([0, ROWS // 2, ROWS, 3 * ROWS // 2, 2 * ROWS], device="cuda")
+    pairs = ops.Pairs(states, ends, *torch.ones(2, 2, device="cuda"))
+    config = SimpleNamespace(gamma=1.0, beta=0.1)
+
+    def step() -> None:
+        hidden_q = case.hidden_q.detach().requires_grad_()
+        value, _, taken = ops.state_action_values(
+            hidden_q, case.hidden_b, case.weight, ops.HeadParams(0.9, 0.7), states, actions, backend="triton"
+        )
+        loss, _ = ops.preference_loss(taken, value, pairs, config, backend="triton")
+        loss.backward()
+        case.value("triton")
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("vocab", [507, 32000, 50257, 128256, 262144])

@@ -3,8 +3,10 @@ offsets beyond 2^31, precision of fp32, and `torch.compile`."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +23,8 @@ from fastqadapter.testing import assert_close_to_truth
 from soft_value_problem import Problem, head_options, problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from fastqadapter.ops.triton import operators, preference_loss, residual, soft_value  # noqa: E402
+from fastqadapter.ops.triton import preference_loss, residual, soft_value  # noqa: E402
+from fastqadapter_kernels.triton import online  # noqa: E402
 from fastqadapter_kernels.triton import residual as residual_kernels  # noqa: E402
 from fastqadapter_kernels.triton import soft_value as scratch_kernels  # noqa: E402
 from fastqadapter_kernels.triton import taken_value as taken_kernels  # noqa: E402
@@ -101,7 +104,7 @@ def test_rules_never_choose_plain_tf32_and_fill_the_device(arch: str, rows: int)
     for dtype, both, aligned in itertools.product(DTYPES, (False, True), (False, True)):
         config = LseConfig.rule(hw, dtype, rows, both, aligned)
         assert config.precision in ("ieee", "tf32x3")
-        assert not config.tma or (aligned and hw.capability >= 90)
+        assert not config.tma or (aligned and arch in ("sm_90", "sm_100"))
         span = config.tiles_per_span(hw, rows, 128256)
         programs = -(-rows // config.block_n) * -(-128256 // config.block_v)
         assert 1 <= span <= 16 and (span == 1 or programs / span >= 4 * hw.multiprocessors)
@@ -175,6 +178,33 @@ def far_rows(matrix: Tensor) -> Tensor:
     return far.copy_(matrix)
 
 
+def far_columns(matrix: Tensor) -> Tensor:
+    """The same matrix transposed in memory, its last column 2^31 elements after the first."""
+    return far_rows(matrix.T.contiguous()).T
+
+
+def test_offsets_of_columns_beyond_int32():
+    """A head that is stored as (D, V)."""
+    case = problem(rows=3, vocab=33, size=3, dtype=torch.bfloat16).to(DEVICE)
+    near = launcher_arguments(case)
+    far = (*near[:2], far_columns(near[2]), *near[3:])
+    config = LseConfig(16, 16, 16, 4, 1)
+    assert all(map(torch.equal, soft_value_lse(*far, config=config), soft_value_lse(*near, config=config)))
+    q, weight = near[0], near[2]
+    actions = torch.tensor([32, 0, 32], device=DEVICE)
+    order, ends = taken_kernels.transitions_of_states(torch.tensor([0, 2, 2], device=DEVICE), 3)
+    first, second = (
+        (
+            taken_kernels.taken_value(q, w, actions),
+            taken_kernels.hidden_gradient(
+                None, None, torch.ones(3, device=DEVICE), w, actions, order, ends, torch.float32
+            ),
+        )
+        for w in (far[2], weight)
+    )
+    assert all(map(torch.equal, first, second))
+
+
 def test_offsets_beyond_int32():
     """Every matrix that a caller hands over, in every kernel that reads it; with 32-bit offsets the last row would be
     read 4 GiB before the first."""
@@ -246,6 +276,20 @@ def test_products_of_fp32_are_ieee_whatever_the_user_allows(allowed: str):
         matmul.fp32_precision = before
 
 
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_does_not_reach_the_products(autocast: torch.dtype):
+    """It would make 16-bit products of fp32; and a probability may be e^40, which fp16 does not hold."""
+    case = problem("bias", dtype=torch.float32, vocab=70)
+    case.options["bias"][-1] = 39.0
+    expected = case.run("triton")
+    with torch.autocast(DEVICE, autocast):
+        hidden_q = case.hidden_q.clone().requires_grad_()
+        value, lse = dataclasses.replace(case, hidden_q=hidden_q).value("triton")
+    (value.cpu() * torch.linspace(-1.0, 2.0, len(value))).sum().backward()
+    assert hidden_q.grad is not None
+    assert all(map(torch.equal, (value.detach().cpu(), lse.cpu(), hidden_q.grad), expected))
+
+
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
@@ -270,11 +314,14 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     lse = torch.full((5,), 4.0, device=DEVICE)
     plain = (*head[:5], lse, 0.7, 1.3, 1.0, None, False)
     return {
-        "scale_gradient": (operators.scale_gradient, (q, per_row[:, None], torch.bfloat16)),
         "soft_value": (soft_value.soft_value_op, head),
         "soft_value, cached": (soft_value.soft_value_op, plain),
         "soft_value_and_gradient": (soft_value.soft_value_and_gradient_op, (trained, *head[1:])),
         "soft_value_and_gradient, cached": (soft_value.soft_value_and_gradient_op, (trained, *plain[1:])),
+        "soft_value_and_gradient, transposed": (
+            soft_value.soft_value_and_gradient_op,
+            (trained.detach().T.contiguous().T.requires_grad_(), *head[1:]),
+        ),
         "state_action_values": (soft_value.state_action_values_op, (trained, *head[1:], states, actions)),
         "taken_value": (soft_value.taken_value_op, (trained, w, actions, states)),
         "taken_value, row by row": (soft_value.taken_value_op, (trained, w, torch.tensor([0] * 5), None)),
@@ -299,6 +346,43 @@ def test_opcheck(name: str):
     operator, arguments = operator_calls()[name]
     moved = tuple(move("triton", x)[0] if isinstance(x, Tensor) and not x.requires_grad else x for x in arguments)
     torch.library.opcheck(operator, moved)
+
+
+def test_compiles_with_numbers_that_change():
+    """An annealed temperature, and batches of other sizes."""
+    torch.compiler.reset()
+    compiled = torch.compile(ops.residual_log_probs, fullgraph=True, backend="aot_eager")
+    for rows, alpha in ((2, 0.5), (3, 0.6), (5, 0.7)):
+        q, b = torch.randn(2, rows, 7, device=DEVICE)
+        result = compiled(q, b, alpha_0=alpha, alpha_tilde=1.3, backend="triton")
+        torch.testing.assert_close(
+            result, ops.residual_log_probs(q, b, alpha_0=alpha, alpha_tilde=1.3, backend="eager")
+        )
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch):
+    """Triton launches on the current device: with tensors on another one, that is another GPU's memory."""
+    current: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    launches = 0
+    interpreted = type(online.finite_shift)
+
+    def run(kernel: Any, *args: Any, grid: Any, **kwargs: Any) -> None:
+        nonlocal launches
+        launches += 1
+        assert current and current[-1].device.type == DEVICE
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(interpreted, "run", run)
+    for operator, arguments in operator_calls().values():
+        operator(*arguments)
+    assert launches >= 13
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -336,6 +420,6 @@ def test_compiles_as_one_graph(compiler: str, backend: str, monkeypatch: pytest.
 
 def test_scratch_of_a_huge_row_is_one_row():
     """A budget smaller than one row still makes progress."""
-    weight = torch.empty(128256, 1, dtype=torch.bfloat16)
-    assert scratch_kernels.rows_per_chunk(weight, 2, 1000) == 1
-    assert scratch_kernels.rows_per_chunk(weight, 2, 256 << 20) == 512
+    row_bytes = 2 * 128256 * 2
+    assert scratch_kernels.rows_per_chunk(row_bytes, 1000) == 1
+    assert scratch_kernels.rows_per_chunk(row_bytes, 256 << 20) == 512

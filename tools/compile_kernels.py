@@ -26,22 +26,26 @@ from tqdm import tqdm
 from fastqadapter_kernels.triton import preference_loss, residual, soft_value, soft_value_lse, taken_value
 from kernel_compiler import GPUS, LAUNCHER_MODULES, Launch, Report, compile_launch, recorded_launches
 
-LAUNCHER_MODULES[:] = [residual, soft_value, soft_value_lse]
+LAUNCHER_MODULES[:] = [preference_loss, residual, soft_value, soft_value_lse, taken_value]
 # Rows, hidden size, vocabulary. More models would add nothing: the code depends on sizes through the rules alone.
 SHAPES = {
     "Llama-3-8B": (4096, 4096, 128256),
     "Llama-2-7B": (4096, 4096, 32000),
     "V = 16384": (64, 1024, 16384),
+    "V = 8000": (64, 1024, 8000),
+    "V = 3000": (64, 1000, 3000),  # rows of D start at 16 bytes, but not at 16 numbers
     "SmolLM2-135M, N = 33": (33, 576, 49152),
 }
+EVERY_HEAD = "Llama-3-8B"
 RAGGED = "ragged"
 RAGGED_SHAPE = (1, 123, 507)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TENSOR_CORES = ["HMMA", "HGMMA", "UTCHMMA", "v_mfma"]
 MARKER = "<!-- tables by tools/compile_kernels.py -->"
 MATRIX = {"soft_value_lse"}
 NARROW = {"LDG.64", "LDG.32", "LDG.16", "load.64", "load.32", "load.16"}
 # Loads of single numbers (an action, a lse), which are no vectors, in kernels whose other loads must be 16 bytes wide.
-# The loop over the transitions of a state is unrolled four times.
+# The loop over the transitions of a state is unrolled four times. On AMD's GPUs most are scalar instructions.
 SCALAR_LOADS = {
     "probabilities": 1,
     "residual_soft_value": 0,
@@ -51,20 +55,28 @@ SCALAR_LOADS = {
     "taken_value": 2,
     "hidden_gradient": 27,
 }
+SCALAR_LOADS_AMD = {**dict.fromkeys(SCALAR_LOADS, 0), "probabilities": 1}
 
 
-def launchers(rows: int, size: int, vocab: int, dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls of every launcher with every combination of what changes the code of its kernels."""
+def launchers(rows: int, size: int, vocab: int, dtype: torch.dtype, every_head: bool) -> Iterator[Callable[[], Any]]:
+    """Calls of every launcher; with every combination of the head's options, or with none and with all of them."""
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     hidden, weight, bias, lse = meta(rows, size), meta(vocab, size), meta(vocab), meta(rows, dtype=torch.float32)
-    for softcap, b in ((None, None), (30.0, bias), (None, bias)):
+    heads = [
+        (None, None, None), (30.0, None, None), (None, bias, None), (None, bias, bias), (30.0, bias, bias),
+        (None, meta(vocab, dtype=torch.float32), None),
+    ]  # fmt: skip
+    for softcap, bias_b, bias_q in heads if every_head else (heads[0], heads[4]):
         for known in (None, lse):
-            args = (hidden, hidden, weight, b, b, known, 0.7, 1.3, 0.9, softcap, False)
+            args = (hidden, hidden, weight, bias_b, bias_q, known, 0.7, 1.3, 0.9, softcap, False)
             yield lambda args=args: soft_value_lse.soft_value_lse(*args)
             yield lambda args=args: soft_value.soft_value_and_gradient(*args)
+
+    transposed = meta(size, vocab).T
+    yield lambda: soft_value_lse.soft_value_lse(hidden, hidden, transposed, *[None] * 3, 0.7, 1.3, 0.9, None, False)
 
     logits, grad = meta(rows, vocab), meta(rows, vocab, dtype=torch.float32)
     yield lambda: residual.residual_soft_value(logits, logits, 0.7, 1.3)
@@ -72,7 +84,8 @@ def launchers(rows: int, size: int, vocab: int, dtype: torch.dtype) -> Iterator[
     yield lambda: residual.residual_log_probs(logits, logits, 0.7, 1.3)
     yield lambda: residual.residual_log_probs_bwd(grad, grad, 1.3, dtype)
 
-    index = meta(rows, dtype=torch.int64)
+    narrow, index = meta(rows, dtype=torch.int32), meta(rows, dtype=torch.int64)
+    yield lambda: taken_value.taken_value(hidden, weight, narrow, narrow)
     ends = meta(rows + 1, dtype=torch.int64)
     for states in (None, index):
         for source in (hidden, meta(rows, size, dtype=torch.float32)):
@@ -94,6 +107,11 @@ class Job:
     launch: Launch
 
     @property
+    def wide(self) -> bool:
+        """Whether rows start at multiples of 16 numbers, so that all their loads can be wide."""
+        return self.shape not in (RAGGED, "V = 3000")
+
+    @property
     def configuration(self) -> str:
         blocks = [str(value) for name, value in self.launch.constants if name.startswith("BLOCK_")]
         flags = [name.lower() for name, value in self.launch.constants if value is True and name != "UPCAST"]
@@ -108,8 +126,8 @@ def jobs(gpus: list[str]) -> list[Job]:
     for gpu in gpus:
         for dtype_name, dtype in DTYPES.items():
             for shape_name, shape in {**SHAPES, RAGGED: RAGGED_SHAPE}.items():
-                with recorded_launches(GPUS[gpu].hardware) as launches:
-                    for launch in launchers(*shape, dtype):
+                with recorded_launches(GPUS[gpu]) as launches:
+                    for launch in launchers(*shape, dtype, every_head=shape_name == EVERY_HEAD):
                         launch()
                 for launch in launches:
                     found.setdefault((gpu, dtype_name, launch), Job(gpu, dtype_name, shape_name, launch))
@@ -125,13 +143,15 @@ def problems(job: Job, report: Report) -> Iterator[str]:
         yield f"{report.shared} bytes of shared memory, the device has {gpu.shared_per_block}"
     if not report.blocks:
         yield "no block fits on a multiprocessor"
-    if name in MATRIX and job.dtype != "fp32" and not report.instructions.get(gpu.tensor_core):
-        yield f"no {gpu.tensor_core}"
+    cores = [gpu.tensor_core] if job.dtype != "fp32" else TENSOR_CORES
+    if name in MATRIX and not any(report.instructions.get(core) for core in cores):
+        yield f"no {' or '.join(cores)}"
     if name in MATRIX and dict(job.launch.constants)["PRECISION"] not in ("ieee", "tf32x3"):
         yield "plain TF32 products"
     narrow = sum(count for kind, count in report.instructions.items() if kind in NARROW)
-    if job.shape != RAGGED and narrow > SCALAR_LOADS.get(name, narrow):
-        yield f"{narrow} loads of less than 16 bytes, {SCALAR_LOADS[name]} expected"
+    expected = (SCALAR_LOADS if gpu.target.backend == "cuda" else SCALAR_LOADS_AMD).get(name, narrow)
+    if job.wide and narrow > expected:
+        yield f"{narrow} loads of less than 16 bytes, {expected} expected"
 
 
 def check(job: Job) -> tuple[Report | None, list[str]]:
@@ -180,7 +200,7 @@ def write_tables(path: Path, text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS))
+    parser.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS), help="default: all of them")
     parser.add_argument("--write", type=Path, help="page whose tables are replaced, e.g. docs/kernels.md")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args()

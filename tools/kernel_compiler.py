@@ -19,7 +19,8 @@ from unittest import mock
 
 import triton
 from triton._C.libtriton import native_specialize_impl
-from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -38,6 +39,7 @@ class Gpu:
     shared_per_block: int  # bytes
     shared_per_multiprocessor: int  # bytes
     registers: int  # 32-bit, per multiprocessor (CUDA) or per lane of a SIMD (ROCm)
+    threads: int  # per multiprocessor
     cache_bytes: int
     tensor_core: str  # instruction that a matrix kernel in 16 bit must use
 
@@ -48,11 +50,12 @@ class Gpu:
 
 
 GPUS = {
-    "sm_80": Gpu("A100", GPUTarget("cuda", 80, 32), 108, 163 << 10, 164 << 10, 65536, 40 << 20, "HMMA"),
-    "sm_90": Gpu("H100", GPUTarget("cuda", 90, 32), 132, 227 << 10, 228 << 10, 65536, 50 << 20, "HGMMA"),
-    "sm_100": Gpu("B200", GPUTarget("cuda", 100, 32), 148, 227 << 10, 228 << 10, 65536, 126 << 20, "UTCHMMA"),
-    "gfx942": Gpu("MI300X", GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 64 << 10, 512, 256 << 20, "v_mfma"),
-    "gfx950": Gpu("MI350X", GPUTarget("hip", "gfx950", 64), 256, 160 << 10, 160 << 10, 512, 256 << 20, "v_mfma"),
+    "sm_80": Gpu("A100", GPUTarget("cuda", 80, 32), 108, 163 << 10, 164 << 10, 65536, 2048, 40 << 20, "HMMA"),
+    "sm_90": Gpu("H100", GPUTarget("cuda", 90, 32), 132, 227 << 10, 228 << 10, 65536, 2048, 50 << 20, "HGMMA"),
+    "sm_100": Gpu("B200", GPUTarget("cuda", 100, 32), 148, 227 << 10, 228 << 10, 65536, 2048, 126 << 20, "UTCHMMA"),
+    "sm_120": Gpu("RTX 5090", GPUTarget("cuda", 120, 32), 170, 99 << 10, 100 << 10, 65536, 1536, 96 << 20, "HMMA"),
+    "gfx942": Gpu("MI300X", GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 64 << 10, 512, 2048, 256 << 20, "v_mfma"),
+    "gfx950": Gpu("MI350X", GPUTarget("hip", "gfx950", 64), 256, 160 << 10, 160 << 10, 512, 2048, 256 << 20, "v_mfma"),
 }
 
 
@@ -63,7 +66,7 @@ class Launch:
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[str, ...]  # arguments that are multiples of 16
+    attributes: tuple[tuple[str, str], ...]  # argument and what the JIT has seen of it: a multiple of 16, small, ...
     options: tuple[tuple[str, Any], ...]
 
     @property
@@ -82,39 +85,45 @@ class Report:
     instructions: dict[str, int]
 
 
-def _specialised(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any]) -> Launch:
+def _backend(target: GPUTarget) -> Any:
+    """Triton's compiler class for a target."""
+    return next(found.compiler for found in backends.values() if found.compiler.supports_target(target))
+
+
+def _specialised(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any], backend: Any) -> Launch:
     """Types and specialisations of the arguments, as the JIT derives them at a launch."""
-    signature, constants, divisible = [], [], []
+    signature, constants, attributes = [], [], []
     for parameter in kernel.params:
         value = arguments[parameter.name]
         if parameter.is_constexpr:
             kind, key = "constexpr", ""
         else:
-            kind, key = native_specialize_impl(BaseBackend, value, False, not parameter.do_not_specialize, True)
+            kind, key = native_specialize_impl(backend, value, False, not parameter.do_not_specialize, True)
         signature.append((parameter.name, kind))
         if kind == "constexpr":
             constants.append((parameter.name, value))
-        elif key == "D":
-            divisible.append(parameter.name)
-    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(options.items()))
+        elif isinstance(key, str) and key:
+            attributes.append((parameter.name, key))
+    return Launch(kernel, tuple(signature), tuple(constants), tuple(attributes), tuple(options.items()))
 
 
 @contextlib.contextmanager
-def recorded_launches(hardware: Hardware) -> Iterator[list[Launch]]:
-    """Within it, launchers of kernels launch nothing and believe to be on `hardware`; yields what they would launch."""
+def recorded_launches(gpu: Gpu) -> Iterator[list[Launch]]:
+    """Within it, launchers of kernels launch nothing and believe to be on `gpu`; yields what they would launch."""
     launches: list[Launch] = []
+    backend = _backend(gpu.target)
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         names = [parameter.name for parameter in kernel.params]
-        launch = _specialised(kernel, {**dict(zip(names, args, strict=False)), **kwargs}, options)
+        launch = _specialised(kernel, {**dict(zip(names, args, strict=False)), **kwargs}, options, backend)
         if launch not in launches:
             launches.append(launch)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
         for module in LAUNCHER_MODULES:
-            stack.enter_context(mock.patch.object(module, "hardware", lambda device: hardware))
+            stack.enter_context(mock.patch.object(module, "hardware", lambda device: gpu.hardware))
         yield launches
 
 
@@ -128,7 +137,7 @@ def compile_launch(launch: Launch, gpu: Gpu) -> Report:
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs={(names.index(name),): value for name, value in launch.constants},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
+        attrs={(names.index(name),): _backend(gpu.target).parse_attr(key) for name, key in launch.attributes},
     )
     options = dict(launch.options)
     compiled = triton.compile(source, target=gpu.target, options=options)
@@ -180,7 +189,7 @@ def _read_cubin(compiled: Any, gpu: Gpu, num_warps: int) -> Report:
     blocks = min(
         gpu.registers // (-(-registers // 8) * 8 * threads),
         gpu.shared_per_multiprocessor // (shared + 1024),  # CUDA keeps 1 KiB of each block for itself
-        2048 // threads,
+        gpu.threads // threads,
         32,
     )
     instructions = _count(sass, NVIDIA_INSTRUCTIONS)

@@ -11,11 +11,13 @@ import functools
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 logger = logging.getLogger(__name__)
 
@@ -99,16 +101,11 @@ def triton_implementation(op: str, run: Callable[..., Any]) -> Implementation:
         tensor = next(_tensors(args))
         if tensor.device.type != "cuda":
             return "on CPU tensors it runs under Triton's interpreter, which is for tests"
-        return _first_use_failure(op, tensor.device, tensor.dtype)
+        from fastqadapter.ops.triton.first_use import failure
+
+        return failure(op, tensor.device, tensor.dtype)
 
     return Implementation(run, _triton_refusal, auto_refusal)
-
-
-@torch.compiler.assume_constant_result
-def _first_use_failure(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    from fastqadapter.ops.triton.first_use import failure
-
-    return failure(op, device, dtype)
 
 
 def _triton_refusal(*args: Any) -> str | None:
@@ -122,6 +119,15 @@ def _triton_refusal(*args: Any) -> str | None:
                 return "it needs a GPU of compute capability 8.0 or higher"
         elif tensor.device.type != "cpu" or not _interpreted():
             return f"it needs tensors on a CUDA or ROCm GPU, these are on {tensor.device}"
+    return None if torch.compiler.is_compiling() else _other_differentiation(args)
+
+
+def _other_differentiation(args: tuple[Any, ...]) -> str | None:
+    """The operators have a backward pass alone, and would let everything else pass as a constant."""
+    if torch._C._are_functorch_transforms_active():
+        return "it has no torch.func transforms (grad, vmap, jvp, ...)"
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in _tensors(args)):
+        return "it has no forward-mode derivative"
     return None
 
 
@@ -134,4 +140,7 @@ def _no_triton() -> str | None:
 
 
 def _interpreted() -> bool:
+    """Whether kernels run on the CPU: as decided when they were imported, or as it would be decided now."""
+    if (device := sys.modules.get("fastqadapter_kernels.triton.device")) is not None:
+        return bool(device.INTERPRETED)
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -140,15 +140,19 @@ def preference_loss(
     if q_taken.dtype != values.dtype or q_taken.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"q_taken is {q_taken.dtype}, values {values.dtype}; expected both float32 or both float64")
     checks.check_device("values", values, q_taken, reference="q_taken")
-    _check_pairs(pairs, q_taken)
+    checks.check_number("gamma", config.gamma)
+    checks.check_number("beta", config.beta)
+    _check_pairs(pairs, q_taken, values)
     args = (q_taken, values, pairs, config.gamma, config.beta)
     return choose("preference_loss", IMPLEMENTATIONS, backend, *args)(*args)
 
 
-def _check_pairs(pairs: Pairs, q_taken: Tensor) -> None:
-    """Raise a ValueError unless the fields of `pairs` have the sizes, dtypes and the device that they must have."""
-    count = len(pairs)
+def _check_pairs(pairs: Pairs, q_taken: Tensor, values: Tensor) -> None:
+    """Raise a ValueError unless the fields of `pairs` have the sizes, dtypes and the device that they must have, and on
+    the CPU also their indices."""
+    count, transitions = len(pairs), q_taken.shape[0]
     for name, size, letters in (
+        ("value_rows", transitions, "M"),
         ("branch_ends", 2 * count + 1, "2B + 1"),
         ("divisor", count, "B"),
         ("squares_divisor", count, "B"),
@@ -161,3 +165,11 @@ def _check_pairs(pairs: Pairs, q_taken: Tensor) -> None:
         if field.name in ("value_rows", "branch_ends") and tensor.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"pairs.{field.name} has dtype {tensor.dtype}; expected torch.int64 or torch.int32")
         checks.check_device(f"pairs.{field.name}", tensor, q_taken, reference="q_taken")
+        if tensor.requires_grad:
+            raise ValueError(f"pairs.{field.name}.requires_grad=True, but it gets no gradient: pass it detached")
+    checks.check_index("pairs.value_rows: row", pairs.value_rows.clamp(min=0), values.shape[0] or 1, "values")
+    ends = pairs.branch_ends
+    if ends.device.type != "cpu" or torch.compiler.is_compiling():  # as in check_index
+        return
+    if int(ends[0]) != 0 or int(ends[-1]) != transitions or bool((ends.diff() < 0).any()):
+        raise ValueError(f"pairs.branch_ends={ends.tolist()} does not rise from 0 to M = {transitions}")

@@ -111,7 +111,7 @@ def residual_soft_value(
     backend: str = "auto",
 ) -> Tensor:  # (N,)
     """Soft value `v = alpha_tilde lse((q + alpha_0 log softmax(b)) / alpha_tilde)`; arguments and errors as
-    `residual_log_probs`; returns (...,) float32 (float64 for float64)."""
+    `residual_log_probs`; returns (...,) float32 (float64 for float64). A row with NaN or +inf has no finite value."""
     args = _checked(q_logits, base_logits, alpha_0, alpha_tilde)
     return choose("residual_soft_value", SOFT_VALUE, backend, *args)(*args)
 

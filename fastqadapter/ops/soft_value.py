@@ -31,10 +31,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastqadapter.ops import checks
 from fastqadapter.ops.backends import Implementation, choose, triton_implementation
+from fastqadapter.ops.derivative import first_derivative
 
 # Sizes of one tile of scores: large enough for the GEMM to run at full speed, small enough for its fp32 copy to stay
 # in the last-level cache while it is turned into probabilities.
@@ -42,7 +42,7 @@ ROW_BLOCK = 512
 VOCAB_TILE = 1024
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class HeadParams:
     """The numbers of one call that are not (N, D) or (V, D) tensors."""
 
@@ -157,10 +157,11 @@ def _row_block(
             base.exponentiate_(base_logits)
     base_lse = base.result() if base_lse is None else base_lse.to(dtype)
     value = params.alpha_tilde * combined.result() - params.alpha_0 * base_lse
+    factor = params.logit_scale / combined.total
     if params.softcap is not None:
-        value += _poison(hidden_b, dtype) + _poison(hidden_q, dtype)
-    expected = combined.expected
-    return value, base_lse, None if expected is None else expected.mul_((params.logit_scale / combined.total)[:, None])
+        poison_b, poison_q = _poison(hidden_b, dtype), _poison(hidden_q, dtype)
+        base_lse, value, factor = base_lse + poison_b, value + poison_b + poison_q, factor + poison_b + poison_q
+    return value, base_lse, None if combined.expected is None else combined.expected.mul_(factor[:, None])
 
 
 # Base logits, scores (q + alpha_0 b) / alpha_tilde, derivative of the soft-cap (or None), tile of W.
@@ -223,16 +224,15 @@ class SoftValueFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_q, hidden_b, weight, params, base_lse, with_gradient):  # type: ignore[no-untyped-def]
         value, base_lse, expected = soft_value_fwd(hidden_q, hidden_b, weight, params, base_lse, with_gradient)
-        ctx.save_for_backward(expected)
-        ctx.hidden_dtype = hidden_q.dtype
+        ctx.save_for_backward(hidden_q, expected)
         ctx.mark_non_differentiable(base_lse)
         return value, base_lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_value, _):  # type: ignore[no-untyped-def]
-        (expected,) = ctx.saved_tensors
-        return (grad_value[:, None] * expected).to(ctx.hidden_dtype), None, None, None, None, None
+        hidden_q, expected = ctx.saved_tensors
+        gradient = (grad_value[:, None] * expected).to(hidden_q.dtype)
+        return first_derivative(gradient, hidden_q), None, None, None, None, None
 
 
 def soft_value_tiled(
@@ -331,6 +331,9 @@ def check_states(hidden_q: Tensor, hidden_b: Tensor, weight: Tensor, params: Hea
         if vector is not None:
             checks.check_vector(name, vector, weight.shape[0], weight, "V")
     checks.check_alphas(params.alpha_0, params.alpha_tilde)
+    for name, number in (("softcap", params.softcap), ("logit_scale", params.logit_scale)):
+        if number is not None or name == "logit_scale":
+            checks.check_number(name, number)
     if params.softcap is not None and not 0 < params.softcap < float("inf"):
         raise ValueError(f"softcap={params.softcap!r} is outside its legal range (0, inf)")
     if not abs(params.logit_scale) < float("inf"):

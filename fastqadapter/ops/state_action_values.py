@@ -73,8 +73,8 @@ def state_action_values(
         hidden_b: (S, D) last hidden states of the frozen base.
         weight: (V, D) frozen LM head.
         params: alphas and head options, see `soft_value`.
-        states: (M,) int64 or int32, the row of each transition; a row may have any number of transitions. Not checked
-            against S, which on an accelerator would wait for the device.
+        states: (M,) int64 or int32, the row of each transition; a row may have any number of transitions. One outside
+            raises on the CPU, as an action does.
         actions: (M,) int64 or int32, the token that each transition takes, see `taken_value`.
         backend: `auto`, `triton`, `torch` or `eager`.
 
@@ -91,6 +91,7 @@ def state_action_values(
     if states.dtype not in (torch.int64, torch.int32) or states.dim() != 1:
         raise ValueError(f"states is {states.dtype} {tuple(states.shape)}; expected (M,) int64 or int32")
     checks.check_device("states", states, weight)
-    checks.check_actions(actions, states.shape[0], weight)
+    checks.check_index("state", states, hidden_q.shape[0], "the rows of hidden_q")
+    checks.check_actions(actions, states.shape[0], weight, "M")
     args = (hidden_q, hidden_b, weight, params, states, actions)
     return choose("state_action_values", IMPLEMENTATIONS, backend, *args)(*args)

@@ -33,11 +33,13 @@ logger = logging.getLogger(__name__)
 ROWS, SIZE, VOCAB, PAIRS = 150, 328, 3000, 4
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def failure(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None where the kernels of `op` agree with eager on this device, else what went wrong (logged once)."""
     try:
-        with torch.enable_grad():
+        # Whatever surrounds the first call must not decide: evaluation, autocast, a default device.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             _TRIES[op](device, dtype)
     except Exception as error:  # of the compiler, the driver, or an assertion
         lines = str(error).strip().splitlines()
@@ -48,8 +50,8 @@ def failure(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, device="cpu").to(device, dtype)
 
 
 def _compare(implementations: Mapping[str, Implementation], *arguments: Any) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastqadapter.ops.triton.operators import NAMESPACE, only_first, scale_gradient
+from fastqadapter.ops.derivative import first_derivative
+from fastqadapter.ops.triton.operators import NAMESPACE, only_first
 from fastqadapter_kernels.triton import preference_loss as kernels
 
 if TYPE_CHECKING:
@@ -37,13 +38,13 @@ def _(q_taken: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor, Te
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*inputs[:2], *output[2:])
     only_first(ctx, output)
 
 
 def _scale_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    grad_q, grad_values = (scale_gradient(gradient, grad_loss, gradient.dtype) for gradient in ctx.saved_tensors)
-    return (grad_q, grad_values, *[None] * 6)
+    q_taken, values, *gradients = ctx.saved_tensors
+    return (*(first_derivative(grad_loss * gradient, q_taken, values) for gradient in gradients), *[None] * 6)
 
 
 preference_loss_op.register_autograd(_scale_gradients, setup_context=_keep_gradients)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastqadapter.ops.derivative import first_derivative
 from fastqadapter.ops.soft_value import HeadParams
-from fastqadapter.ops.triton.operators import NAMESPACE, only_first, scale_gradient
+from fastqadapter.ops.triton.operators import NAMESPACE, only_first
 from fastqadapter_kernels.triton import soft_value as kernels
 from fastqadapter_kernels.triton import soft_value_lse as lse_kernels
 from fastqadapter_kernels.triton import taken_value as taken_kernels
@@ -65,18 +66,18 @@ def soft_value_and_gradient_op(
 
 @soft_value_and_gradient_op.register_fake
 def _(hidden_q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _per_row(hidden_q), _per_row(hidden_q), torch.empty_like(hidden_q, dtype=torch.float32)
+    return _per_row(hidden_q), _per_row(hidden_q), hidden_q.new_empty(hidden_q.shape, dtype=torch.float32)
 
 
 def _keep_expected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[2])
-    ctx.hidden_dtype = inputs[0].dtype
+    ctx.save_for_backward(inputs[0], output[2])
     only_first(ctx, output)
 
 
 def _scale_expected(ctx: Any, grad_value: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (expected,) = ctx.saved_tensors
-    return (scale_gradient(expected, grad_value[:, None], ctx.hidden_dtype), *[None] * 10)
+    hidden_q, expected = ctx.saved_tensors
+    gradient = (grad_value[:, None] * expected).to(hidden_q.dtype)
+    return (first_derivative(gradient, hidden_q), *[None] * 10)
 
 
 soft_value_and_gradient_op.register_autograd(_scale_expected, setup_context=_keep_expected)
@@ -125,7 +126,7 @@ def state_action_values_op(
     states: Tensor,
     actions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """v (S,), W[a] . hidden_q[s] (M,), then without gradient: lse(b) (S,), e (S, D), and the transitions by state."""
+    """v (S,), W[a] . hidden_q[s] (M,), and without gradient: lse(b) (S,), e (S, D), transitions by state."""
     value, lse, expected = kernels.soft_value_and_gradient(
         hidden_q, hidden_b, weight, bias_b, bias_q, base_lse, alpha_0, alpha_tilde, logit_scale, softcap, difference
     )
@@ -138,7 +139,7 @@ def state_action_values_op(
 def _(hidden_q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     states = others[-2]
     ends = states.new_empty(hidden_q.shape[0] + 1, dtype=torch.int64)
-    expected = torch.empty_like(hidden_q, dtype=torch.float32)
+    expected = hidden_q.new_empty(hidden_q.shape, dtype=torch.float32)
     taken = torch.empty_like(states, dtype=torch.float32)
     return _per_row(hidden_q), taken, _per_row(hidden_q), expected, torch.empty_like(states, dtype=torch.int64), ends
 
@@ -174,17 +175,16 @@ def _(
 
 def _keep_transitions(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, _, _, expected, order, ends = output
-    ctx.save_for_backward(expected, inputs[2], inputs[-1], order, ends)
-    ctx.hidden_dtype = inputs[0].dtype
+    ctx.save_for_backward(inputs[0], expected, inputs[2], inputs[-1], order, ends)
     only_first(ctx, output, 2)
 
 
 def _both_gradients(ctx: Any, grad_value: Tensor, grad_taken: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    expected, weight, actions, order, ends = ctx.saved_tensors
+    hidden_q, expected, weight, actions, order, ends = ctx.saved_tensors
     gradient = hidden_gradient_op(
-        grad_value.contiguous(), expected, grad_taken.contiguous(), weight, actions, order, ends, ctx.hidden_dtype
+        grad_value.contiguous(), expected, grad_taken.contiguous(), weight, actions, order, ends, hidden_q.dtype
     )
-    return (gradient, *[None] * 12)
+    return (first_derivative(gradient, hidden_q), *[None] * 12)
 
 
 state_action_values_op.register_autograd(_both_gradients, setup_context=_keep_transitions)

@@ -25,10 +25,11 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "FASTQADAPTER_AUTOTUNE"
 Config = TypeVar("Config")
+_chosen: dict[str, Any] = {}  # in this process, so that a file that cannot be written costs one measurement
 
 
 def enabled() -> bool:
-    return os.environ.get(ENVIRONMENT_VARIABLE, "0") not in ("", "0")
+    return os.environ.get(ENVIRONMENT_VARIABLE, "").lower() not in ("", "0", "false", "off", "no")
 
 
 def cache_path() -> Path:
@@ -51,12 +52,16 @@ def best(
     op, device and `problem` (what the choice may depend on)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     key = " ".join(map(str, (op, name.replace(" ", "_"), f"triton-{triton.__version__}", *problem)))
+    if key in _chosen:
+        return _chosen[key]
     known = _read().get(key)
     for candidate in candidates:
         if known == dataclasses.asdict(candidate):  # type: ignore[call-overload]
-            return candidate
+            return _chosen.setdefault(key, candidate)
     times = [_time(run, candidate) for candidate in candidates]
-    fastest = candidates[times.index(min(times))]
+    fastest = _chosen[key] = candidates[times.index(min(times))]
+    if min(times) == math.inf:
+        return fastest
     logger.info("autotune: %s: %s in %.3g ms, the rule's in %.3g ms", key, fastest, min(times), times[0])
     _write({**_read(), key: dataclasses.asdict(fastest)})  # type: ignore[call-overload]
     return fastest

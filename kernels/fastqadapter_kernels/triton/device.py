@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from fastqadapter_kernels.triton import online
 
-# Decided by the environment variable TRITON_INTERPRET when the kernels were imported: then they run on CPU tensors.
 INFINITY_CACHE_BYTES = {"gfx942": 256 << 20, "gfx950": 256 << 20}  # AMD CDNA 3 white paper
 
+# Decided by the environment variable TRITON_INTERPRET when the kernels were imported: then they run on CPU tensors.
 INTERPRETED = not isinstance(online.tanh, JITFunction)
 
 
@@ -30,8 +33,40 @@ class Hardware:
         return int(self.arch.removeprefix("sm_")) if self.arch.startswith("sm_") else 0
 
     @property
+    def has_tma(self) -> bool:
+        """Hopper and the Blackwell of data centres. sm_120 has TMA, but neither their products nor their memory."""
+        return 90 <= self.capability < 120 or self.arch == "interpreter"
+
+    @property
     def is_hip(self) -> bool:
         return self.arch.startswith("gfx")
+
+
+def launch_options(hw: Hardware, num_warps: int) -> dict[str, int | bool]:
+    """Options of a launch that do not depend on the kernel.
+
+    `maxnreg` is what the registers of a multiprocessor allow one block, so it binds nothing; but without it ptxas
+    guesses at a number of blocks and spills a dozen registers to reach it.
+    """
+    options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    return {**options, "maxnreg": min(255, 65536 // (32 * num_warps))} if hw.capability else options
+
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+
+
+def on_its_device(launcher: Launcher) -> Launcher:
+    """Launch on the device of the tensors, since Triton takes the current one, whatever the tensors are on; and without
+    autocast, which would turn a product of fp32 into one of 16 bit."""
+
+    @functools.wraps(launcher)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        kind = tensor.device.type
+        with torch.cuda.device_of(tensor), torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            return launcher(*args, **kwargs)
+
+    return guarded  # type: ignore[return-value]
 
 
 @functools.cache

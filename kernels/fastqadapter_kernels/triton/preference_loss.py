@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastqadapter_kernels.triton.device import hardware, launch_options, on_its_device
+
 METRICS = (
     "pref_loss", "chi2_loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "q_values/mean", "values/mean",
@@ -23,23 +25,23 @@ BLOCK_M = 512  # 1024 spills on sm_90
 
 
 @triton.jit
-def _rewards(q_taken_ptr, values_ptr, value_rows_ptr, t, mask, gamma):
-    """Rewards and taken values of the transitions t, and their value rows (-1: terminal)."""
+def _rewards(q_taken_ptr, values_ptr, value_rows_ptr, t, mask, s, gamma):
+    """Rewards and taken values of the transitions t, and their value rows (-1: terminal); NaN for a row outside."""
     q = tl.load(q_taken_ptr + t, mask=mask, other=0.0)
     row = tl.load(value_rows_ptr + t, mask=mask, other=-1).to(tl.int64)
-    value = tl.load(values_ptr + row, mask=row >= 0, other=0.0)
+    value = tl.load(values_ptr + row, mask=(row >= 0) & (row < s), other=float("nan"))
     return tl.where(row >= 0, q - gamma * value, q), q, row
 
 
 @triton.jit
-def _branch_sums(q_taken_ptr, values_ptr, value_rows_ptr, first, last, gamma, BLOCK_M: tl.constexpr):
+def _branch_sums(q_taken_ptr, values_ptr, value_rows_ptr, first, last, s, gamma, BLOCK_M: tl.constexpr):
     """Sums of r, r^2 and q over one branch."""
     rewards = tl.zeros((BLOCK_M,), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
     q_values = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(first, last, BLOCK_M):
         t = start + tl.arange(0, BLOCK_M)
-        r, q, _ = _rewards(q_taken_ptr, values_ptr, value_rows_ptr, t, t < last, gamma)
+        r, q, _ = _rewards(q_taken_ptr, values_ptr, value_rows_ptr, t, t < last, s, gamma)
         rewards += r
         squares += r * r
         q_values += q
@@ -49,7 +51,7 @@ def _branch_sums(q_taken_ptr, values_ptr, value_rows_ptr, first, last, gamma, BL
 @triton.jit
 def _branch_gradients(
     q_taken_ptr, values_ptr, value_rows_ptr, grad_q_ptr, grad_values_ptr,
-    first, last, gamma, slope, weight_of_square,
+    first, last, s, gamma, slope, weight_of_square,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one branch: slope + 2 r weight_of_square for a reward, -gamma times that for its value.
@@ -59,10 +61,10 @@ def _branch_gradients(
     """
     for start in range(first, last, BLOCK_M):
         t = start + tl.arange(0, BLOCK_M)
-        r, _, row = _rewards(q_taken_ptr, values_ptr, value_rows_ptr, t, t < last, gamma)
+        r, _, row = _rewards(q_taken_ptr, values_ptr, value_rows_ptr, t, t < last, s, gamma)
         grad = slope + 2.0 * weight_of_square * r
         tl.store(grad_q_ptr + t, grad, mask=t < last)
-        tl.atomic_add(grad_values_ptr + row, -gamma * grad, mask=(t < last) & (row >= 0), sem="relaxed")
+        tl.atomic_add(grad_values_ptr + row, -gamma * grad, mask=(t < last) & (row >= 0) & (row < s), sem="relaxed")
 
 
 @triton.jit
@@ -74,41 +76,46 @@ def _softplus(x):
     return tl.maximum(x, 0.0) + log1p
 
 
-@triton.jit(do_not_specialize=["pairs"])  # the last batch of an epoch is smaller
+@triton.jit(do_not_specialize=["pairs", "m", "s"])  # what changes from batch to batch
 def _preference_loss_kernel(
     q_taken_ptr, values_ptr, value_rows_ptr,  # (m,), (s,), (m,)
     branch_ends_ptr, divisor_ptr, squares_divisor_ptr,  # (2b + 1,), (b,), (b,)
     loss_ptr, metrics_ptr, grad_q_ptr, grad_values_ptr, losses_ptr, finished_ptr,  # (), (8, b), (m,), (s,), (b,), ()
-    pairs, gamma, beta,
+    pairs, m, s, gamma, beta,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     first = tl.load(branch_ends_ptr + 2 * pair)
     middle = tl.load(branch_ends_ptr + 2 * pair + 1)
     last = tl.load(branch_ends_ptr + 2 * pair + 2)
+    # Ends that do not rise from 0 to m are the caller's error: no memory but its own is touched, and the loss is NaN.
+    legal = (first >= 0) & (first <= middle) & (middle <= last) & (last <= m)
+    first = tl.where(legal, first, 0)
+    middle = tl.where(legal, middle, 0)
+    last = tl.where(legal, last, 0)
     divisor = tl.load(divisor_ptr + pair).to(tl.float32)
     squares_divisor = tl.load(squares_divisor_ptr + pair).to(tl.float32)
     chosen, chosen_squares, chosen_q = _branch_sums(
-        q_taken_ptr, values_ptr, value_rows_ptr, first, middle, gamma, BLOCK_M
+        q_taken_ptr, values_ptr, value_rows_ptr, first, middle, s, gamma, BLOCK_M
     )
     rejected, rejected_squares, rejected_q = _branch_sums(
-        q_taken_ptr, values_ptr, value_rows_ptr, middle, last, gamma, BLOCK_M
+        q_taken_ptr, values_ptr, value_rows_ptr, middle, last, s, gamma, BLOCK_M
     )
     margin = (chosen - rejected) / divisor
     # An infinite reward must not hide: -log sigmoid(inf) is 0, a wrong finite number, and 0 * inf is NaN.
     preference = _softplus(-margin) + 0.0 * (chosen + rejected)
     squares = (chosen_squares + rejected_squares) / squares_divisor
-    loss = preference + beta * squares
+    loss = tl.where(legal, preference + beta * squares, float("nan"))
 
     slope = -1.0 / ((1.0 + tl.exp(margin)) * divisor * pairs)
     weight_of_square = beta / (squares_divisor * pairs)
     _branch_gradients(
         q_taken_ptr, values_ptr, value_rows_ptr, grad_q_ptr, grad_values_ptr,
-        first, middle, gamma, slope, weight_of_square, BLOCK_M,
+        first, middle, s, gamma, slope, weight_of_square, BLOCK_M,
     )  # fmt: skip
     _branch_gradients(
         q_taken_ptr, values_ptr, value_rows_ptr, grad_q_ptr, grad_values_ptr,
-        middle, last, gamma, -slope, weight_of_square, BLOCK_M,
+        middle, last, s, gamma, -slope, weight_of_square, BLOCK_M,
     )  # fmt: skip
 
     out = metrics_ptr + pair
@@ -133,6 +140,7 @@ def _preference_loss_kernel(
         tl.store(loss_ptr, tl.sum(sums, axis=0) / pairs)
 
 
+@on_its_device
 def preference_loss(
     q_taken: Tensor,  # (M,) fp32
     values: Tensor,  # (S,) fp32
@@ -146,12 +154,12 @@ def preference_loss(
     """Loss, metrics in the order of METRICS, and gradients; all tensors contiguous."""
     pairs = divisor.shape[0]
     loss, losses, metrics = q_taken.new_empty(()), q_taken.new_empty(pairs), q_taken.new_empty((len(METRICS), pairs))
-    grad_q, grad_values = torch.empty_like(q_taken), torch.zeros_like(values)
+    grad_q, grad_values = torch.zeros_like(q_taken), torch.zeros_like(values)
     finished = torch.zeros((), dtype=torch.int32, device=q_taken.device)
     _preference_loss_kernel[(pairs,)](
         q_taken, values, value_rows, branch_ends, divisor, squares_divisor,
         loss, metrics, grad_q, grad_values, losses, finished,
-        pairs, gamma, beta,
-        BLOCK_M=BLOCK_M, num_warps=4, enable_fp_fusion=True,
+        pairs, q_taken.shape[0], values.shape[0], gamma, beta,
+        BLOCK_M=BLOCK_M, **launch_options(hardware(q_taken.device), 4),
     )  # fmt: skip
     return loss, metrics, grad_q, grad_values

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastqadapter_kernels.triton.device import Hardware, hardware
-from fastqadapter_kernels.triton.online import finite_shift, online_lanes
+from fastqadapter_kernels.triton.device import Hardware, hardware, launch_options, on_its_device
+from fastqadapter_kernels.triton.online import finite_shift, log_sum_exp, online_lanes
 from fastqadapter_kernels.triton.soft_value import RowConfig
 
 # Longest rows that are kept whole in registers: 32 scores a lane in 1024 lanes, and the backward pass keeps two numbers
@@ -35,8 +35,8 @@ def _normalised_config(hw: Hardware, vocab: int, whole: int) -> RowConfig:
     """Where the result of a score needs the sum over the row: rows up to `whole` in one tile."""
     if hw.arch == "interpreter":
         return RowConfig.rule(hw, vocab)
-    if vocab > whole:
-        return RowConfig(8192, 8) if hw.is_hip else RowConfig(8192, 16, maxnreg=128)
+    if vocab > (whole // 2 if hw.capability >= 120 else whole):  # whole rows spill on sm_120
+        return RowConfig(8192, 8) if hw.is_hip else RowConfig(8192, 16)
     block_v = max(1024, triton.next_power_of_2(vocab))
     return RowConfig(block_v, max(4, block_v // 1024) // (2 if hw.is_hip else 1))
 
@@ -75,8 +75,8 @@ def _residual_soft_value_kernel(
         c, b = _load_scores(q_ptr + row * stride_q, b_ptr + row * stride_b, start + lanes, v, alpha_0, alpha_tilde)
         maximum_c, totals_c = online_lanes(maximum_c, totals_c, c)
         maximum_b, totals_b = online_lanes(maximum_b, totals_b, b)
-    lse = finite_shift(maximum_c) + tl.log(tl.sum(totals_c, axis=0))
-    base_lse = finite_shift(maximum_b) + tl.log(tl.sum(totals_b, axis=0))
+    lse = log_sum_exp(maximum_c, tl.sum(totals_c, axis=0))
+    base_lse = log_sum_exp(maximum_b, tl.sum(totals_b, axis=0))
     tl.store(lse_ptr + row, lse)
     tl.store(value_ptr + row, alpha_tilde * lse - alpha_0 * base_lse)
 
@@ -164,6 +164,7 @@ def _residual_log_probs_bwd_kernel(
                 )  # fmt: skip
 
 
+@on_its_device
 def residual_soft_value(
     q_logits: Tensor,  # (N, V), neighbouring columns
     base_logits: Tensor,  # (N, V), neighbouring columns
@@ -173,16 +174,18 @@ def residual_soft_value(
     config: RowConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # v (N,), lse of the scores (N,), fp32
     rows, vocab = q_logits.shape
-    config = config or RowConfig.rule(hardware(q_logits.device), vocab)
+    hw = hardware(q_logits.device)
+    config = config or RowConfig.rule(hw, vocab)
     value, lse = (q_logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
     _residual_soft_value_kernel[(rows,)](
         q_logits, base_logits, value, lse,
         vocab, q_logits.stride(0), base_logits.stride(0), alpha_0, alpha_tilde,
-        BLOCK_V=config.block_v, **config.options,
+        BLOCK_V=config.block_v, **launch_options(hw, config.num_warps),
     )  # fmt: skip
     return value, lse
 
 
+@on_its_device
 def residual_soft_value_bwd(
     q_logits: Tensor,  # (N, V)
     base_logits: Tensor,  # (N, V)
@@ -194,16 +197,18 @@ def residual_soft_value_bwd(
     config: RowConfig | None = None,
 ) -> Tensor:  # (N, V), in the dtype of q_logits
     rows, vocab = q_logits.shape
-    config = config or RowConfig.rule(hardware(q_logits.device), vocab)
+    hw = hardware(q_logits.device)
+    config = config or RowConfig.rule(hw, vocab)
     grad_q = torch.empty_like(q_logits, memory_format=torch.contiguous_format)
     _residual_soft_value_bwd_kernel[(rows, triton.cdiv(vocab, config.block_v))](
         q_logits, base_logits, lse, grad_value, grad_q,
         vocab, q_logits.stride(0), base_logits.stride(0), alpha_0, alpha_tilde,
-        BLOCK_V=config.block_v, **config.options,
+        BLOCK_V=config.block_v, **launch_options(hw, config.num_warps),
     )  # fmt: skip
     return grad_q
 
 
+@on_its_device
 def residual_log_probs(
     q_logits: Tensor,  # (N, V), neighbouring columns
     base_logits: Tensor,  # (N, V), neighbouring columns
@@ -221,11 +226,12 @@ def residual_log_probs(
     _residual_log_probs_kernel[(_rows_under_way(hw, rows, row_bytes, one_tile),)](
         q_logits, base_logits, out,
         rows, vocab, q_logits.stride(0), base_logits.stride(0), alpha_0, alpha_tilde,
-        ONE_TILE=one_tile, BLOCK_V=config.block_v, **config.options,
+        ONE_TILE=one_tile, BLOCK_V=config.block_v, **launch_options(hw, config.num_warps),
     )  # fmt: skip
     return out
 
 
+@on_its_device
 def residual_log_probs_bwd(
     log_probs: Tensor,  # (N, V) fp32, contiguous
     grad: Tensor,  # (N, V) fp32, neighbouring columns
@@ -243,6 +249,6 @@ def residual_log_probs_bwd(
     _residual_log_probs_bwd_kernel[(_rows_under_way(hw, rows, row_bytes, one_tile),)](
         log_probs, grad, grad_q,
         rows, vocab, grad.stride(0), alpha_tilde,
-        ONE_TILE=one_tile, BLOCK_V=config.block_v, **config.options,
+        ONE_TILE=one_tile, BLOCK_V=config.block_v, **launch_options(hw, config.num_warps),
     )  # fmt: skip
     return grad_q

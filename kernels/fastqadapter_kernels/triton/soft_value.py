@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -25,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastqadapter_kernels.triton import autotune
-from fastqadapter_kernels.triton.device import Hardware, hardware
-from fastqadapter_kernels.triton.online import finite_shift, head_logits, online_lanes
+from fastqadapter_kernels.triton.device import Hardware, hardware, launch_options, on_its_device
+from fastqadapter_kernels.triton.online import finite_shift, head_logits, log_sum_exp, online_lanes
 
 SCRATCH_BYTES = 256 << 20  # of scores, at any one time
 
@@ -41,7 +42,6 @@ class RowConfig:
 
     block_v: int
     num_warps: int
-    maxnreg: int | None = None  # a bound that ptxas never reaches, but without which it spills for more blocks
 
     @staticmethod
     def rule(hw: Hardware, vocab: int) -> RowConfig:
@@ -50,18 +50,12 @@ class RowConfig:
         block_v = 2048 if vocab > 1024 else 1024
         if hw.is_hip:
             return RowConfig(block_v, block_v // 512)
-        return RowConfig(block_v, block_v // 256, maxnreg=128)
+        return RowConfig(block_v, block_v // 256)
 
     def alternatives(self) -> list[RowConfig]:
         """This configuration and what autotuning tries beside it."""
         sizes = ((self.block_v, self.num_warps * 2), (self.block_v * 2, self.num_warps * 2), (1024, 4), (4096, 8))
         return [self, *(dataclasses.replace(self, block_v=v, num_warps=warps) for v, warps in sizes)]
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """Launch options."""
-        options: dict[str, int | bool] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
-        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
 @triton.jit
@@ -129,31 +123,39 @@ def _probabilities_kernel(
     if HAS_LSE:
         base_lse = tl.load(base_lse_ptr + row)
     else:
-        base_lse = finite_shift(maximum_b) + tl.log(tl.sum(totals_b, axis=0))
+        base_lse = log_sum_exp(maximum_b, tl.sum(totals_b, axis=0))
     tl.store(lse_ptr + row, base_lse)
-    tl.store(value_ptr + row, alpha_tilde * (finite_shift(shift) + tl.log(total)) - alpha_0 * base_lse)
+    tl.store(value_ptr + row, alpha_tilde * log_sum_exp(shift, total) - alpha_0 * base_lse)
     tl.store(factor_ptr + row, logit_scale / total)
+
+
+_PRECISION = threading.RLock()
 
 
 @contextlib.contextmanager
 def _ieee_products() -> Iterator[None]:
     """fp32 products in full precision, whatever the user allows for others: TF32 keeps 10 bits of 23."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if before != "tf32":
-        yield
-        return
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    with _PRECISION:  # one setting for all threads: nobody may restore it while another one multiplies
+        before = matmul.fp32_precision
+        if before == "tf32":
+            matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            if before == "tf32":
+                matmul.fp32_precision = before
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    with _ieee_products() if a.dtype == torch.float32 else contextlib.nullcontext():
+        return torch.mm(a, b, out=out)
 
 
 def _expected_embedding(probabilities: Tensor, weight: Tensor) -> Tensor:  # (R, V), (V, D) -> (R, D) fp32
     """The product accumulated and returned in fp32: unnormalised sums leave the range of fp16."""
     if weight.dtype == torch.float32:
-        return torch.mm(probabilities, weight)
+        return _product(probabilities, weight, weight.new_empty((probabilities.shape[0], weight.shape[1])))
     if weight.device.type == "cuda":
         return torch.mm(probabilities, weight, out_dtype=torch.float32)
     tiles = zip(probabilities.split(1024, dim=1), weight.split(1024), strict=True)  # no fp32 copy of the whole W
@@ -163,18 +165,18 @@ def _expected_embedding(probabilities: Tensor, weight: Tensor) -> Tensor:  # (R,
     return expected
 
 
-def poison(hidden_q: Tensor, hidden_b: Tensor) -> Tensor:  # (N, D), (N, D) -> (N,)
+def poison(hidden: Tensor) -> Tensor:  # (N, D) -> (N,)
     """0 for each row, NaN for one with NaN or inf in it: the tanh of a soft-cap would hide an infinity."""
-    return (0.0 * hidden_q.float()).sum(dim=1) + (0.0 * hidden_b.float()).sum(dim=1)
+    return 0.0 * hidden.sum(dim=1, dtype=torch.float32)
 
 
-def rows_per_chunk(weight: Tensor, products: int, scratch_bytes: int) -> int:
+def rows_per_chunk(row_bytes: int, scratch_bytes: int) -> int:
     """Rows whose scores fit the scratch; a multiple of the GEMM's 128 where it can be, and at least one."""
-    rows = scratch_bytes // (products * weight.shape[0] * weight.element_size())
+    rows = scratch_bytes // row_bytes
     return max(1, rows // 128 * 128 or rows)
 
 
-@_ieee_products()
+@on_its_device
 def soft_value_and_gradient(
     hidden_q: Tensor,  # (N, D)
     hidden_b: Tensor,  # (N, D)
@@ -194,8 +196,9 @@ def soft_value_and_gradient(
     """Soft value, lse of the base logits and expected embedding; `difference`: q is the second product's logits less
     the base logits. States in another dtype than `weight` are rounded to it."""
     (rows, size), vocab = hidden_q.shape, weight.shape[0]
+    hw = hardware(weight.device)
     if config is None:
-        config = RowConfig.rule(hardware(weight.device), vocab)
+        config = RowConfig.rule(hw, vocab)
         if autotune.enabled():
             problem = (weight.dtype, size, vocab, triton.next_power_of_2(rows), base_lse is None, softcap is None)
             numbers = (alpha_0, alpha_tilde, logit_scale, softcap, difference)
@@ -209,8 +212,8 @@ def soft_value_and_gradient(
             )
     both = base_lse is None or softcap is not None
     products = 2 if both else 1
-    chunk = min(rows, rows_per_chunk(weight, products, scratch_bytes))
     stride = triton.cdiv(vocab, 16) * 16
+    chunk = min(rows, rows_per_chunk(products * stride * weight.element_size(), scratch_bytes))
     scratch = weight.new_empty((products * chunk, stride))
     states = weight.new_empty((products * chunk, size))
     value, lse, factor = (weight.new_empty(rows, dtype=torch.float32) for _ in range(3))
@@ -223,7 +226,7 @@ def soft_value_and_gradient(
             states[count : 2 * count] = hidden_q[part]
         else:
             states[:count] = hidden_q[part].float() + alpha_0 * hidden_b[part].float()
-        scores = torch.mm(states[: products * count], weight.T, out=scratch[: products * count, :vocab])
+        scores = _product(states[: products * count], weight.T, scratch[: products * count, :vocab])
         _probabilities_kernel[(count,)](
             scores, scores[-count:], bias_b, bias_q, base_lse if base_lse is None else base_lse[part],
             value[part], lse[part], factor[part],
@@ -232,9 +235,11 @@ def soft_value_and_gradient(
             HEADROOM[weight.dtype],
             BOTH=both, HAS_BIAS_B=bias_b is not None, HAS_BIAS_Q=bias_q is not None,
             HAS_SOFTCAP=softcap is not None, HAS_LSE=base_lse is not None,
-            BLOCK_V=config.block_v, **config.options,
+            BLOCK_V=config.block_v, **launch_options(hw, config.num_warps),
         )  # fmt: skip
+        if softcap is not None:
+            lse[part] += poison(hidden_b[part])
+            for result in (value[part], factor[part]):
+                result += poison(hidden_b[part]) + poison(hidden_q[part])
         torch.mul(_expected_embedding(scores[-count:], weight), factor[part, None], out=expected[part])
-    if softcap is not None:
-        value += poison(hidden_q, hidden_b)
     return value, lse, expected

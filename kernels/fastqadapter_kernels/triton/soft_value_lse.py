@@ -22,8 +22,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastqadapter_kernels.triton import autotune
-from fastqadapter_kernels.triton.device import INTERPRETED, Hardware, hardware
-from fastqadapter_kernels.triton.online import head_logits, log_sum_exp, online_rows
+from fastqadapter_kernels.triton.device import INTERPRETED, Hardware, hardware, launch_options, on_its_device
+from fastqadapter_kernels.triton.online import finite_shift, head_logits, log_sum_exp, online_rows
 from fastqadapter_kernels.triton.soft_value import poison
 
 
@@ -37,7 +37,6 @@ class LseConfig:
     num_warps: int
     num_stages: int
     tma: bool = False  # tensor descriptors: sm_90 and newer, aligned rows
-    maxnreg: int | None = None  # a bound that ptxas never reaches, but without which it spills for more blocks
     precision: str = "ieee"  # of fp32 products: "ieee", or "tf32x3" on tensor cores; never plain TF32
 
     @staticmethod
@@ -52,14 +51,13 @@ class LseConfig:
         if dtype == torch.float32:
             if hw.is_hip:
                 return LseConfig(64, 64, 16, 8, 2)
-            block_n, block_d = (64, 16) if hw.capability >= 90 else (32, 32)
-            return LseConfig(block_n, 64, block_d, 8, 3, maxnreg=255, precision="tf32x3")
+            return LseConfig(64 if hw.has_tma else 32, 64, 16, 8, 3, precision="tf32x3")
         if not aligned:
             return LseConfig(64, 64, 32, 8, 1 if hw.is_hip else 2)
         block_n = 64 if rows <= 64 else 128
         if hw.is_hip:
             return LseConfig(block_n, 64 if both else 128, 64, 8, 2)
-        if hw.capability >= 90:
+        if hw.has_tma:
             return LseConfig(block_n, 128 if both else 256, 64, block_n // 16, 3, tma=True)
         return LseConfig(block_n, 128, 32, 8, 3)
 
@@ -69,12 +67,6 @@ class LseConfig:
         choices = itertools.product((self.block_v // 2, self.block_v), steps, (2, 3, 4))
         others = [dataclasses.replace(self, block_v=v, block_d=d, num_stages=stages) for v, d, stages in choices]
         return [self, *(other for other in others if other != self)]
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """Launch options."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
     def tiles_per_span(self, hw: Hardware, rows: int, vocab: int) -> int:
         """Vocabulary tiles of one program: up to 16, as long as four programs remain for each multiprocessor."""
@@ -97,7 +89,7 @@ def _load_tile(
     else:
         r = row + tl.arange(0, BLOCK_R)
         c = column + tl.arange(0, BLOCK_C)
-        pointers = source + r.to(tl.int64)[:, None] * stride_row + c[None, :] * stride_column
+        pointers = source + r.to(tl.int64)[:, None] * stride_row + c.to(tl.int64)[None, :] * stride_column
         mask = (r < rows)[:, None]
         if not EVEN:
             mask = mask & (c < columns)[None, :]
@@ -191,7 +183,7 @@ def _combine_spans(partial_ptr, rows, n, spans, BLOCK_N: tl.constexpr):
         span_maximum = tl.load(source, mask=rows < n, other=float("-inf"))
         span_total = tl.load(source + part, mask=rows < n, other=0.0)
         raised = tl.maximum(maximum, span_maximum)
-        shift = tl.where(raised == float("-inf"), 0.0, raised)
+        shift = finite_shift(raised)
         total = total * tl.exp(maximum - shift) + span_total * tl.exp(span_maximum - shift)
         maximum = raised
     return log_sum_exp(maximum, total)
@@ -213,10 +205,12 @@ def _combine_spans_kernel(
         tl.store(value_ptr + rows, alpha_tilde * lse - alpha_0 * base_lse, mask=rows < n)
 
 
-def _is_aligned(tensor: Tensor) -> bool:
-    """Whether every row starts at 16 bytes and its columns are neighbours: for wide loads, and for TMA."""
-    row_bytes = tensor.stride(0) * tensor.element_size()
-    return tensor.stride(1) == 1 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+def _is_aligned(tensor: Tensor, tma: bool) -> bool:
+    """Whether tiles can be loaded 16 bytes at a time: by TMA where rows start at 16 bytes, else where the compiler sees
+    that they do, which is for multiples of 16 numbers. Rows must not overlap, as those of an expanded tensor do."""
+    size, stride = tensor.shape[1], tensor.stride(0)
+    whole = stride * tensor.element_size() % 16 == 0 if tma else stride % 16 == 0 and size % 16 == 0
+    return whole and tensor.stride(1) == 1 and stride >= size and tensor.data_ptr() % 16 == 0
 
 
 def _launch(
@@ -236,7 +230,8 @@ def _launch(
     hw = hardware(weight.device)
     second = hidden_b if hidden_q is None else hidden_q
     if config is None:
-        aligned = all(map(_is_aligned, (hidden_b, second, weight)))
+        tma = hw.has_tma and weight.dtype != torch.float32
+        aligned = all(_is_aligned(tensor, tma) for tensor in (hidden_b, second, weight))
         config = LseConfig.rule(hw, weight.dtype, rows, both, aligned)
         if autotune.enabled():
             problem = (weight.dtype, size, vocab, triton.next_power_of_2(rows), both, aligned)
@@ -247,7 +242,7 @@ def _launch(
     tiles_per_span = config.tiles_per_span(hw, rows, vocab)
     spans = triton.cdiv(tiles, tiles_per_span)
     state_bytes = (2 if both else 1) * size * weight.element_size()
-    group = config.blocks_in_cache(hw, state_bytes)
+    group = min(row_blocks, config.blocks_in_cache(hw, state_bytes))
     partial = weight.new_empty((4 if both else 2, spans, rows), dtype=torch.float32)
     lse = weight.new_empty(rows, dtype=torch.float32)
     value = torch.empty_like(lse)
@@ -265,15 +260,16 @@ def _launch(
         BOTH=both, HAS_BIAS_B=bias_b is not None, HAS_BIAS_Q=bias_q is not None, HAS_SOFTCAP=softcap is not None,
         TMA=config.tma, EVEN_D=size % config.block_d == 0, PRECISION=config.precision, UPCAST=INTERPRETED,
         BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d,
-        **config.options,
+        num_stages=config.num_stages, **launch_options(hw, config.num_warps),
     )  # fmt: skip
     _combine_spans_kernel[(triton.cdiv(rows, 128),)](
         partial, lse, value, rows, spans, alpha_0, alpha_tilde,
-        BOTH=both, BLOCK_N=128, num_warps=4, enable_fp_fusion=True,
+        BOTH=both, BLOCK_N=128, **launch_options(hw, 4),
     )  # fmt: skip
     return lse, value
 
 
+@on_its_device
 def linear_lse(
     hidden: Tensor,  # (N, D), in the dtype of weight
     weight: Tensor,  # (V, D)
@@ -288,6 +284,7 @@ def linear_lse(
     return lse
 
 
+@on_its_device
 def soft_value_lse(
     hidden_q: Tensor,  # (N, D)
     hidden_b: Tensor,  # (N, D)
@@ -313,7 +310,8 @@ def soft_value_lse(
             share, alpha_0, alpha_tilde, logit_scale, softcap, config,
         )  # fmt: skip
         if softcap is not None:
-            value += poison(hidden_q, hidden_b)
+            lse += poison(hidden_b)
+            value += poison(hidden_b) + poison(hidden_q)
         if base_lse is None:
             return value, lse
         return value + alpha_0 * (lse - base_lse), base_lse.clone()

@@ -14,14 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_D = 1024  # 8 numbers a lane of 4 warps: loads of 16 bytes
+from fastqadapter_kernels.triton.device import hardware, launch_options, on_its_device
+
+BLOCK_D = 1024
 
 
-@triton.jit
+def _options(device: torch.device) -> dict[str, int | bool]:
+    """128 lanes with 8 numbers each: loads of 16 bytes."""
+    hw = hardware(device)
+    return launch_options(hw, 2 if hw.is_hip else 4)
+
+
+@triton.jit(do_not_specialize=["s"])
 def _taken_value_kernel(
     hidden_ptr, weight_ptr, states_ptr, actions_ptr,  # (s, d), (v, d), (m,), (m,)
     out_ptr,  # (m,)
-    d, v, stride_hn, stride_hd, stride_wv, stride_wd,
+    s, d, v, stride_hn, stride_hd, stride_wv, stride_wd,
     HAS_STATES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     transition = tl.program_id(0)
@@ -32,9 +40,11 @@ def _taken_value_kernel(
         state = tl.load(states_ptr + transition).to(tl.int64)
     else:
         state = transition.to(tl.int64)
+    inside = inside & (state >= 0) & (state < s)
+    state = tl.where(inside, state, 0)
     sums = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, d, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
+        columns = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         h = tl.load(hidden_ptr + state * stride_hn + columns * stride_hd, mask=columns < d, other=0.0)
         w = tl.load(weight_ptr + action * stride_wv + columns * stride_wd, mask=columns < d, other=0.0)
         sums += h.to(tl.float32) * w.to(tl.float32)
@@ -50,7 +60,7 @@ def _hidden_gradient_kernel(
     HAS_VALUE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     state = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    columns = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     inside_d = columns < d
     if HAS_VALUE:
         grad = tl.load(expected_ptr + state * d + columns, mask=inside_d, other=0.0) * tl.load(grad_value_ptr + state)
@@ -69,18 +79,19 @@ def _hidden_gradient_kernel(
     tl.store(out_ptr + state * d + columns, grad.to(out_ptr.dtype.element_ty), mask=inside_d)
 
 
+@on_its_device
 def taken_value(
     hidden: Tensor,  # (S, D)
     weight: Tensor,  # (V, D)
     actions: Tensor,  # (M,)
     states: Tensor | None = None,  # (M,) rows of hidden; None: row t for transition t
-) -> Tensor:  # (M,) fp32; NaN for an action outside the vocabulary
+) -> Tensor:  # (M,) fp32; NaN for an action outside the vocabulary, or a state outside
     out = hidden.new_empty(actions.shape[0], dtype=torch.float32)
     size = hidden.shape[1]
     _taken_value_kernel[(actions.shape[0],)](
         hidden, weight, states, actions, out,
-        size, weight.shape[0], *hidden.stride(), *weight.stride(),
-        HAS_STATES=states is not None, BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True,
+        hidden.shape[0], size, weight.shape[0], *hidden.stride(), *weight.stride(),
+        HAS_STATES=states is not None, BLOCK_D=BLOCK_D, **_options(weight.device),
     )  # fmt: skip
     return out
 
@@ -92,6 +103,7 @@ def transitions_of_states(states: Tensor, count: int) -> tuple[Tensor, Tensor]: 
     return order, torch.searchsorted(ordered, rows)
 
 
+@on_its_device
 def hidden_gradient(
     grad_value: Tensor | None,  # (S,) fp32
     expected: Tensor | None,  # (S, D) fp32
@@ -108,6 +120,6 @@ def hidden_gradient(
     _hidden_gradient_kernel[(states, triton.cdiv(size, BLOCK_D))](
         grad_value, expected, grad_taken, weight, actions, order, ends, out,
         size, weight.shape[0], *weight.stride(),
-        HAS_VALUE=grad_value is not None, BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True,
+        HAS_VALUE=grad_value is not None, BLOCK_D=BLOCK_D, **_options(weight.device),
     )  # fmt: skip
     return out
