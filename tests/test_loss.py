@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from backend_cases import device_of
 from fastqadapter import ops
 from fastqadapter.config import PRESETS, QAdapterConfig
 from fastqadapter.loss import LMHead, pair_transitions, q_adapter_loss
 from fastqadapter.packing import PackedPairs, pack, pack_pairs
+from fastqadapter.testing import assert_close_to_truth
 from references import Branch, Weights, preference_loss
 
 each_backend = pytest.mark.parametrize("backend", ["eager", "torch"])
@@ -259,6 +261,36 @@ def test_loss_and_gradient_equal_the_slow_reference(head: str, preset: str, back
     torch.testing.assert_close(loss, slow, rtol=1e-7, atol=1e-7)  # the divisors are fp32
     gradient, slow_gradient = (torch.autograd.grad(result, hidden_q)[0] for result in (loss, slow))
     torch.testing.assert_close(gradient, slow_gradient, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@each_preset
+@pytest.mark.parametrize("head", HEADS)
+def test_triton_kernels_give_the_same_loss(head: str, preset: str, dtype: torch.dtype):
+    """Loss, every metric and the gradient; the bars of its loss are those of eager in the same dtype."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    batch = packed(MATES, preset)
+    config = QAdapterConfig(preset=preset, alpha_0=0.7, alpha_tilde=1.3, gamma=0.9, beta=0.1)
+
+    def run(backend: str, to: torch.dtype) -> dict[str, Tensor]:
+        hidden_q, hidden_b, lm_head = random_states(batch, head, dtype)
+        hidden_q = hidden_q.detach().to(to).requires_grad_()
+        bias = None if lm_head.bias is None else lm_head.bias.to(to)
+        there = dataclasses.replace(lm_head, weight=lm_head.weight.to(to), bias=bias)
+        device = device_of(backend)
+        there = dataclasses.replace(
+            there, weight=there.weight.to(device), bias=None if bias is None else bias.to(device)
+        )
+        loss, metrics = q_adapter_loss(
+            hidden_q.to(device), hidden_b.to(device, to), there, batch.to(device), config, backend=backend
+        )
+        loss.backward()
+        return {"loss": loss.detach(), "gradient": hidden_q.grad, **metrics}
+
+    actual, eager, truth = run("triton", dtype), run("eager", dtype), run("eager", torch.float64)
+    for name in truth:
+        if name != "rewards/accuracies":  # a step function
+            assert_close_to_truth(actual[name], eager[name], truth[name], name=name, dtype=dtype)
 
 
 @each_backend
