@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 from fastqadapter_kernels.triton.device import Hardware
-from fastqadapter_kernels.triton.residual import ENOUGH_TO_DRAW, WHOLE_BWD, WHOLE_FWD
+from fastqadapter_kernels.triton.residual import ENOUGH_TO_DRAW, WHOLE
 from fastqadapter_kernels.triton.soft_value import SCRATCH_BYTES, rows_per_chunk
 from fastqadapter_kernels.triton.soft_value_lse import LseConfig
 
@@ -124,14 +124,12 @@ def logit_soft_value_backward(n: int, d: int, v: int) -> tuple[Cost, Cost]:
     return Cost(pass_bytes=least), Cost(pass_bytes=least + n * FP32)
 
 
-def logit_policy(
-    gpu: Gpu, n: int, d: int, v: int, read: int, written: int, again: int, whole: int
-) -> tuple[Cost, Cost]:
+def logit_policy(gpu: Gpu, n: int, d: int, v: int, read: int, written: int, again: int) -> tuple[Cost, Cost]:
     """`residual_log_probs` and its gradient: bytes of a score that are read, written, and read again for a row longer
-    than `whole`: from the cache, if that holds the rows of enough multiprocessors to draw the bandwidth."""
+    than WHOLE: from the cache, if that holds the rows of enough multiprocessors to draw the bandwidth."""
     least = n * v * (read + written)
     rows_in_cache = int(gpu.cache_mib * 2**20) * 3 // 4 // (v * again)
-    cached = v <= whole or rows_in_cache >= ENOUGH_TO_DRAW * gpu.multiprocessors
+    cached = v <= WHOLE or rows_in_cache >= ENOUGH_TO_DRAW * gpu.multiprocessors
     return Cost(pass_bytes=least), Cost(pass_bytes=least + (0 if cached else n * v * again))
 
 
@@ -144,8 +142,8 @@ OPS: dict[str, Callable[[Gpu, int, int, int], tuple[Cost, Cost]]] = {
     "gradient of the hidden states": lambda gpu, n, d, v: loss_gradient(n, d, v),
     "residual_soft_value": lambda gpu, n, d, v: logit_soft_value(n, d, v),
     "residual_soft_value, backward": lambda gpu, n, d, v: logit_soft_value_backward(n, d, v),
-    "residual_log_probs": lambda gpu, n, d, v: logit_policy(gpu, n, d, v, 2 * BF16, FP32, 2 * BF16, WHOLE_FWD),
-    "residual_log_probs, backward": lambda gpu, n, d, v: logit_policy(gpu, n, d, v, 2 * FP32, BF16, FP32, WHOLE_BWD),
+    "residual_log_probs": lambda gpu, n, d, v: logit_policy(gpu, n, d, v, 2 * BF16, FP32, 2 * BF16),
+    "residual_log_probs, backward": lambda gpu, n, d, v: logit_policy(gpu, n, d, v, 2 * FP32, BF16, FP32),
 }
 
 

@@ -5,7 +5,7 @@
     log pi~  = c - lse(c),                             dq = (g - exp(log pi~) sum_a g_a) / alpha_tilde
 
 `v` and its gradient read each number once. `log pi~` and its gradient need a sum over the row before the first result.
-Rows up to WHOLE_FWD and WHOLE_BWD stay in registers meanwhile. Longer ones do not fit (131072 scores in fp32 are 512
+Rows up to WHOLE stay in registers meanwhile. Longer ones do not fit (131072 scores in fp32 are 512
 KiB, twice the registers of a multiprocessor) and are read a second time: from the L2 cache, as long as it holds the
 rows of so many multiprocessors that they draw the bandwidth of the memory (on an H100 in bf16 up to V = 160000), else
 from memory.
@@ -22,20 +22,19 @@ from fastqadapter_kernels.triton.device import Hardware, hardware, launch_option
 from fastqadapter_kernels.triton.online import finite_shift, log_sum_exp, online_lanes
 from fastqadapter_kernels.triton.soft_value import RowConfig
 
-# Longest rows that are kept whole in registers: 32 scores a lane in 1024 lanes, and the backward pass keeps two numbers
-# of each. Twice as much spilled on every target.
-WHOLE_FWD, WHOLE_BWD = 32768, 16384
+# Longest rows that are kept whole in registers: 32 scores a lane in 512 lanes. Twice as many spilled.
+WHOLE = 16384
 
 # The part of the multiprocessors that draws the whole bandwidth of the memory. A prediction: 512 lanes with four loads
 # of 16 bytes under way are 32 KiB in 0.7 us, 47 GB/s each, 2.8 TB/s for 59 of an H100's 132.
 ENOUGH_TO_DRAW = 0.45
 
 
-def _normalised_config(hw: Hardware, vocab: int, whole: int) -> RowConfig:
-    """Where the result of a score needs the sum over the row: rows up to `whole` in one tile."""
+def _normalised_config(hw: Hardware, vocab: int) -> RowConfig:
+    """Where the result of a score needs the sum over the row: rows up to WHOLE in one tile."""
     if hw.arch == "interpreter":
         return RowConfig.rule(hw, vocab)
-    if vocab > (whole // 2 if hw.capability >= 120 else whole):  # whole rows spill on sm_120
+    if vocab > WHOLE:
         return RowConfig(8192, 8) if hw.is_hip else RowConfig(8192, 16)
     block_v = max(1024, triton.next_power_of_2(vocab))
     return RowConfig(block_v, max(4, block_v // 1024) // (2 if hw.is_hip else 1))
@@ -219,7 +218,7 @@ def residual_log_probs(
 ) -> Tensor:  # (N, V) fp32
     rows, vocab = q_logits.shape
     hw = hardware(q_logits.device)
-    config = config or _normalised_config(hw, vocab, WHOLE_FWD)
+    config = config or _normalised_config(hw, vocab)
     one_tile = vocab <= config.block_v
     out = q_logits.new_empty((rows, vocab), dtype=torch.float32)
     row_bytes = 2 * vocab * q_logits.element_size()
@@ -242,7 +241,7 @@ def residual_log_probs_bwd(
 ) -> Tensor:  # (N, V) in `dtype`
     rows, vocab = log_probs.shape
     hw = hardware(log_probs.device)
-    config = config or _normalised_config(hw, vocab, WHOLE_BWD)
+    config = config or _normalised_config(hw, vocab)
     one_tile = vocab <= config.block_v
     grad_q = log_probs.new_empty((rows, vocab), dtype=dtype)
     row_bytes = vocab * grad.element_size()  # only the gradient is read twice
