@@ -162,10 +162,10 @@ def check(job: Job) -> tuple[Report | None, list[str]]:
 
 
 def check_numbered(number: int) -> tuple[Report | None, list[str]]:
-    return check(TODO[number])
+    return check(JOBS[number])
 
 
-TODO: list[Job] = []  # kernels cannot be pickled, so workers are forked from this process and given numbers
+JOBS: list[Job] = []  # kernels cannot be pickled, so workers are forked from this process and given numbers
 
 
 def tables(checked: list[tuple[Job, Report]]) -> str:
@@ -206,17 +206,17 @@ def main() -> int:
     if options.write and MARKER not in options.write.read_text(encoding="utf-8"):
         parser.error(f"{options.write} has no line {MARKER!r} after which the tables could stand")
 
-    TODO.extend(jobs(options.gpus))
+    JOBS.extend(jobs(options.gpus))
     checked, failures = [], 0
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
-        results = tqdm(pool.imap(check_numbered, range(len(TODO))), total=len(TODO), unit=" kernels", disable=None)
-        for job, (report, wrong) in zip(TODO, results, strict=True):
+        results = tqdm(pool.imap(check_numbered, range(len(JOBS))), total=len(JOBS), unit=" kernels", disable=None)
+        for job, (report, wrong) in zip(JOBS, results, strict=True):
             for problem in wrong:
                 failures += 1
                 tqdm.write(f"{job.gpu} {job.dtype} {job.shape}: {job.launch.name} {job.configuration}: {problem}")
             if report is not None:
                 checked.append((job, report))
-    print(f"{len(TODO)} kernels compiled for {', '.join(options.gpus)}: {failures} problems")
+    print(f"{len(JOBS)} kernels compiled for {', '.join(options.gpus)}: {failures} problems")
     if options.write:
         write_tables(options.write, tables(checked))
     return 1 if failures else 0

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from fastqadapter.ops.derivative import first_derivative
-from fastqadapter.ops.triton.operators import NAMESPACE, only_first
 from fastqadapter_kernels.triton import preference_loss as kernels
 
 if TYPE_CHECKING:
     from fastqadapter.ops.preference_loss import Pairs
 
 
-@torch.library.custom_op(f"{NAMESPACE}::preference_loss", mutates_args=())
+@torch.library.custom_op("fastqadapter::preference_loss", mutates_args=())
 def preference_loss_op(
     q_taken: Tensor,
     values: Tensor,
@@ -39,7 +38,7 @@ def _(q_taken: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor, Te
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:2], *output[2:])
-    only_first(ctx, output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _scale_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

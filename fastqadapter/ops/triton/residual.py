@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastqadapter.ops.triton.operators import NAMESPACE, only_first
 from fastqadapter_kernels.triton import residual as kernels
 
 
-@torch.library.custom_op(f"{NAMESPACE}::residual_soft_value", mutates_args=())
+@torch.library.custom_op("fastqadapter::residual_soft_value", mutates_args=())
 def residual_soft_value_op(
     q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float
 ) -> tuple[Tensor, Tensor]:
@@ -25,7 +24,7 @@ def _(q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float)
     return value, torch.empty_like(value)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::residual_soft_value_bwd", mutates_args=())
+@torch.library.custom_op("fastqadapter::residual_soft_value_bwd", mutates_args=())
 def residual_soft_value_bwd_op(
     q_logits: Tensor, base_logits: Tensor, lse: Tensor, grad_value: Tensor, alpha_0: float, alpha_tilde: float
 ) -> Tensor:
@@ -42,7 +41,7 @@ def _(
 def _keep_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q_logits, base_logits, ctx.alpha_0, ctx.alpha_tilde = inputs
     ctx.save_for_backward(q_logits, base_logits, output[1])
-    only_first(ctx, output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _soft_value_backward(ctx: Any, grad_value: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -53,7 +52,7 @@ def _soft_value_backward(ctx: Any, grad_value: Tensor, _: Any) -> tuple[Tensor |
 residual_soft_value_op.register_autograd(_soft_value_backward, setup_context=_keep_logits)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::residual_log_probs", mutates_args=())
+@torch.library.custom_op("fastqadapter::residual_log_probs", mutates_args=())
 def residual_log_probs_op(q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float) -> Tensor:
     return kernels.residual_log_probs(q_logits, base_logits, alpha_0, alpha_tilde)
 
@@ -63,7 +62,7 @@ def _(q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float)
     return q_logits.new_empty(q_logits.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::residual_log_probs_bwd", mutates_args=())
+@torch.library.custom_op("fastqadapter::residual_log_probs_bwd", mutates_args=())
 def residual_log_probs_bwd_op(log_probs: Tensor, grad: Tensor, alpha_tilde: float, dtype: torch.dtype) -> Tensor:
     return kernels.residual_log_probs_bwd(log_probs, grad, alpha_tilde, dtype)
 

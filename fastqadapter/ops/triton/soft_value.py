@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastqadapter.ops.derivative import first_derivative
 from fastqadapter.ops.soft_value import HeadParams
-from fastqadapter.ops.triton.operators import NAMESPACE, only_first
 from fastqadapter_kernels.triton import soft_value as kernels
 from fastqadapter_kernels.triton import soft_value_lse as lse_kernels
 from fastqadapter_kernels.triton import taken_value as taken_kernels
@@ -19,7 +18,7 @@ def _per_row(hidden: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::soft_value", mutates_args=())
+@torch.library.custom_op("fastqadapter::soft_value", mutates_args=())
 def soft_value_op(
     hidden_q: Tensor,
     hidden_b: Tensor,
@@ -44,7 +43,7 @@ def _(hidden_q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _per_row(hidden_q), _per_row(hidden_q)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::soft_value_and_gradient", mutates_args=())
+@torch.library.custom_op("fastqadapter::soft_value_and_gradient", mutates_args=())
 def soft_value_and_gradient_op(
     hidden_q: Tensor,
     hidden_b: Tensor,
@@ -71,7 +70,7 @@ def _(hidden_q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _keep_expected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[0], output[2])
-    only_first(ctx, output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _scale_expected(ctx: Any, grad_value: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -110,7 +109,7 @@ def _numbers(params: HeadParams) -> tuple[float, float, float, float | None, boo
     return float(params.alpha_0), float(params.alpha_tilde), float(params.logit_scale), softcap, params.difference
 
 
-@torch.library.custom_op(f"{NAMESPACE}::state_action_values", mutates_args=())
+@torch.library.custom_op("fastqadapter::state_action_values", mutates_args=())
 def state_action_values_op(
     hidden_q: Tensor,
     hidden_b: Tensor,
@@ -144,7 +143,7 @@ def _(hidden_q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     return _per_row(hidden_q), taken, _per_row(hidden_q), expected, torch.empty_like(states, dtype=torch.int64), ends
 
 
-@torch.library.custom_op(f"{NAMESPACE}::hidden_gradient", mutates_args=())
+@torch.library.custom_op("fastqadapter::hidden_gradient", mutates_args=())
 def hidden_gradient_op(
     grad_value: Tensor | None,
     expected: Tensor | None,
@@ -176,7 +175,7 @@ def _(
 def _keep_transitions(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, _, _, expected, order, ends = output
     ctx.save_for_backward(inputs[0], expected, inputs[2], inputs[-1], order, ends)
-    only_first(ctx, output, 2)
+    ctx.mark_non_differentiable(*output[2:])
 
 
 def _both_gradients(ctx: Any, grad_value: Tensor, grad_taken: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -208,7 +207,7 @@ def state_action_values_triton(
     return value, lse, taken_value_op(hidden_q, weight, actions, states)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::taken_value", mutates_args=())
+@torch.library.custom_op("fastqadapter::taken_value", mutates_args=())
 def taken_value_op(hidden_q: Tensor, weight: Tensor, actions: Tensor, states: Tensor | None) -> Tensor:
     """`W[a_t] . hidden_q[s_t]`, or of row t where `states` is None."""
     return taken_kernels.taken_value(hidden_q, weight, actions, states)

@@ -238,8 +238,10 @@ def soft_value_and_gradient(
             BLOCK_V=config.block_v, **launch_options(hw, config.num_warps),
         )  # fmt: skip
         if softcap is not None:
-            lse[part] += poison(hidden_b[part])
-            for result in (value[part], factor[part]):
-                result += poison(hidden_b[part]) + poison(hidden_q[part])
+            poison_b = poison(hidden_b[part])
+            poison_of_both = poison_b + poison(hidden_q[part])
+            lse[part] += poison_b
+            value[part] += poison_of_both
+            factor[part] += poison_of_both
         torch.mul(_expected_embedding(scores[-count:], weight), factor[part, None], out=expected[part])
     return value, lse, expected

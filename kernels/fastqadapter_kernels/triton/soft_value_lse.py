@@ -310,8 +310,9 @@ def soft_value_lse(
             share, alpha_0, alpha_tilde, logit_scale, softcap, config,
         )  # fmt: skip
         if softcap is not None:
-            lse += poison(hidden_b)
-            value += poison(hidden_b) + poison(hidden_q)
+            poison_b = poison(hidden_b)
+            lse += poison_b
+            value += poison_b + poison(hidden_q)
         if base_lse is None:
             return value, lse
         return value + alpha_0 * (lse - base_lse), base_lse.clone()
