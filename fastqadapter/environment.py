@@ -11,7 +11,7 @@ import torch
 
 import fastqadapter
 from fastqadapter import ops
-from fastqadapter_kernels import cpu
+from fastqadapter_kernels import native
 
 # Distribution -> how to get it where it is missing.
 PACKAGES = {
@@ -35,7 +35,7 @@ _NO_LIBRARY = (
     "missing: the install found no working C++ compiler. Everything works without it, slower; "
     "to add it, install one (g++ or clang) and run pip install again"
 )
-_BROKEN_LIBRARY = "cannot be loaded on this system: run pip install again from the source"
+_BROKEN_LIBRARY = "cannot be used on this system or with these sources: run pip install again from the source"
 
 
 def environment_report() -> dict[str, Any]:
@@ -91,16 +91,16 @@ def _gpus() -> list[str]:
 def _cpu() -> str:
     common = f"{platform.machine()}; torch uses {torch.backends.cpu.get_cpu_capability()}"
     try:
-        native_isa = cpu.cpu_isa()
+        native_isa = native.cpu_isa()
     except ValueError as error:
         return f"{common}; {error}"
-    bf16 = " with bf16 dot product" if cpu.has_avx512_bf16() else ""
-    lowered = "" if cpu.detected_isa() in (None, native_isa) else f" (the processor has {cpu.detected_isa()})"
-    return f"{common}; native kernels use {native_isa}{bf16}{lowered}"
+    detected = native.detected_isa()
+    lowered = "" if detected in (None, native_isa) else f" (the processor has {detected})"
+    return f"{common}; native kernels use {native_isa}{lowered}"
 
 
 def _native_library() -> str:
-    path = cpu.library_path()
+    path = native.library_path()
     if path is None:
         return _NO_LIBRARY
-    return str(path) if cpu.native_library() is not None else f"{path} {_BROKEN_LIBRARY}"
+    return str(path) if native.native_library() is not None else f"{path} {_BROKEN_LIBRARY}"

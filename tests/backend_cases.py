@@ -1,6 +1,7 @@
 """The backends that the tests of all ops go through, and what each of them needs.
 
-`triton` runs on the GPU where there is one, else under Triton's interpreter (see conftest.py); it computes in float32.
+`triton` runs on the GPU where there is one, else under Triton's interpreter (see conftest.py); `cpu` needs the native
+library. Both compute in float32.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-BACKENDS = ("eager", "torch", "triton")
+BACKENDS = ("eager", "torch", "triton", "cpu")
+FUSED_BACKENDS = ("triton", "cpu")
 FAST_BACKENDS = BACKENDS[1:]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Backends with a derivative that finite differences can check.
-each_float64_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+each_float64_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in FUSED_BACKENDS])
 
 
 def _pairs(backends: tuple[str, ...]) -> list[Any]:
@@ -30,7 +32,7 @@ def _pairs(backends: tuple[str, ...]) -> list[Any]:
 
 
 def serves(backend: str, dtype: torch.dtype) -> bool:
-    return not (backend == "triton" and dtype == torch.float64)
+    return not (backend in FUSED_BACKENDS and dtype == torch.float64)
 
 
 def wide(backend: str) -> torch.dtype:

@@ -14,7 +14,7 @@ import pytest
 
 import fastqadapter
 from fastqadapter.environment import PACKAGES, environment_report
-from fastqadapter_kernels import cpu
+from fastqadapter_kernels import native
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +57,7 @@ def test_transformers_finds_the_real_kernels_package():
     [
         ("import fastqadapter", {"torch", "transformers", "peft", "triton"}),
         ("import fastqadapter.ops", {"transformers", "peft", "accelerate", "datasets", "triton"}),
-        ("import fastqadapter_kernels.cpu", {"torch", "transformers", "peft", "triton", "fastqadapter"}),
+        ("import fastqadapter_kernels.native", {"torch", "transformers", "peft", "triton", "fastqadapter"}),
     ],
 )
 def test_import_loads_no_more_than_it_needs(statement: str, absent: set[str]):
@@ -88,22 +88,22 @@ def test_installed_version_is_the_source_version():
     assert metadata.version("fastqadapter") == fastqadapter.__version__
 
 
-PRINT_ISA = "from fastqadapter_kernels import cpu; print(cpu.cpu_isa(), cpu.has_avx512_bf16())"
+PRINT_ISA = "from fastqadapter_kernels import native; print(native.cpu_isa(), native.has_avx512_bf16())"
 
 
-@pytest.mark.parametrize("wanted", cpu.ISAS)
+@pytest.mark.parametrize("wanted", native.ISAS)
 def test_environment_variable_lowers_the_cpu_isa(wanted: str):
     isa, bf16 = output_of(PRINT_ISA, FASTQADAPTER_CPU_ISA=wanted).split()
-    if cpu.native_library() is None:
+    if native.native_library() is None:
         assert (isa, bf16) == ("none", "False")
     else:
-        assert isa == min(wanted, cpu.detected_isa(), key=cpu.ISAS.index)
-        assert bf16 == "False" or isa == "avx512"
+        assert isa == min(wanted, native.detected_isa(), key=native.ISAS.index)
+        assert bf16 == str(isa == "avx512_bf16")
 
 
 def test_unknown_cpu_isa_is_refused():
     done = run_python(PRINT_ISA, FASTQADAPTER_CPU_ISA="sse9")
-    assert "ValueError: FASTQADAPTER_CPU_ISA='sse9' is not one of generic, avx2, avx512" in done.stderr
+    assert "ValueError: FASTQADAPTER_CPU_ISA='sse9' is not one of generic, avx2, avx512, avx512_bf16" in done.stderr
 
 
 PRINT_REPORT = """
@@ -130,8 +130,8 @@ def test_environment_report_names_what_is_there_and_what_is_not():
 
 
 def test_missing_native_library_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu, "library_path", lambda: None)
-    monkeypatch.setattr(cpu, "native_library", lambda: None)
+    monkeypatch.setattr(native, "library_path", lambda: None)
+    monkeypatch.setattr(native, "native_library", lambda: None)
     report = environment_report()
     assert "install one (g++ or clang)" in report["native_library"]
     assert "native kernels use none" in report["cpu"]

@@ -217,7 +217,6 @@ ERRORS: list[tuple[str, Any, str]] = [
     ("base_logits", torch.zeros(4, 7, device="meta"), "base_logits is on meta, q_logits on cpu"),
     ("base_logits", torch.zeros(4, 7, requires_grad=True), r"base_logits\.requires_grad=True.*\.detach\(\)"),
     ("backend", "numpy", "backend='numpy' is not one of 'auto'"),
-    ("backend", "cpu", "backend='cpu' cannot serve residual_"),
 ]
 
 

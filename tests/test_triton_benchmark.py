@@ -48,15 +48,15 @@ def test_bare_products_are_as_many_as_they_say(count: int, label: str, case: tri
 
 
 def test_nothing_is_measured_when_the_kernels_are_wrong(case: triton_kernels.Case, monkeypatch: pytest.MonkeyPatch):
-    from fastqadapter_kernels.triton import soft_value
+    from fastqadapter_kernels.triton import launchers
 
-    right = soft_value.soft_value_and_gradient
+    right = launchers.soft_value_and_gradient
 
     def wrong(*args: object, **options: object) -> object:
         value, lse, expected = right(*args, **options)  # type: ignore[arg-type]
         return value, lse, expected * 1.1
 
-    monkeypatch.setattr(soft_value, "soft_value_and_gradient", wrong)
+    monkeypatch.setattr(launchers, "soft_value_and_gradient", wrong)
     with pytest.raises(AssertionError, match="soft_value"):
         triton_kernels.report(case, lambda run: pytest.fail("measured"))
 

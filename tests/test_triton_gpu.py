@@ -142,7 +142,7 @@ def test_residual_at_real_sizes(vocab: int, dtype: torch.dtype):
 
 def test_auto_takes_the_kernels():
     """The try of every op on this device passes, so `auto` uses what the tests above check."""
-    from fastqadapter.ops.triton import first_use
+    from fastqadapter.ops.fused import first_use
 
     for op in first_use._TRIES:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):

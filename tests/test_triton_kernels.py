@@ -1,5 +1,5 @@
 """What the tests of the ops do not reach: the launchers of the Triton kernels with every configuration, their memory,
-offsets beyond 2^31, precision of fp32, and `torch.compile`."""
+offsets beyond 2^31, precision of fp32, and where they are launched."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from allocations import LargestAllocation
-from backend_cases import device_of, move
-from fastqadapter import ops
+from backend_cases import device_of
 from fastqadapter.testing import assert_close_to_truth
+from operator_calls import head_arguments, operator_calls
 from soft_value_problem import Problem, head_options, problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from fastqadapter.ops.triton import preference_loss, residual, soft_value  # noqa: E402
+from fastqadapter.ops.fused.soft_value import transitions_of_states  # noqa: E402
 from fastqadapter_kernels.triton import online  # noqa: E402
 from fastqadapter_kernels.triton import residual as residual_kernels  # noqa: E402
 from fastqadapter_kernels.triton import soft_value as scratch_kernels  # noqa: E402
@@ -35,15 +34,10 @@ from fastqadapter_kernels.triton.soft_value_lse import LseConfig, soft_value_lse
 DEVICE = device_of("triton")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-NUMBERS = ("alpha_0", "alpha_tilde", "logit_scale", "softcap", "difference")
 
 
 def launcher_arguments(case: Problem, base_lse: Tensor | None = None) -> tuple[Any, ...]:
-    """As the launchers of both forms take them."""
-    case = case.to(DEVICE)
-    params = ops.HeadParams(**case.options)
-    numbers = [getattr(params, name) for name in NUMBERS]
-    return case.hidden_q, case.hidden_b, case.weight, params.bias, params.bias_q, base_lse, *numbers
+    return head_arguments(case.to(DEVICE), base_lse)
 
 
 def check(case: Problem, *results: Tensor) -> None:
@@ -192,7 +186,7 @@ def test_offsets_of_columns_beyond_int32():
     assert all(map(torch.equal, soft_value_lse(*far, config=config), soft_value_lse(*near, config=config)))
     q, weight = near[0], near[2]
     actions = torch.tensor([32, 0, 32], device=DEVICE)
-    order, ends = taken_kernels.transitions_of_states(torch.tensor([0, 2, 2], device=DEVICE), 3)
+    order, ends = transitions_of_states(torch.tensor([0, 2, 2], device=DEVICE), 3)
     first, second = (
         (
             taken_kernels.taken_value(q, w, actions),
@@ -218,7 +212,7 @@ def test_offsets_beyond_int32():
         for launch, options in ((soft_value_lse, {"config": config}), (soft_value_and_gradient, {})):
             assert all(map(torch.equal, launch(*arguments, **options), launch(*near, **options)))
     actions = torch.tensor([32, 0, 32], device=DEVICE)
-    order, ends = taken_kernels.transitions_of_states(torch.tensor([0, 2, 2], device=DEVICE), 3)
+    order, ends = transitions_of_states(torch.tensor([0, 2, 2], device=DEVICE), 3)
     ones = torch.ones(3, device=DEVICE)
     for hidden, weight in ((far_rows(q), w), (q, far_rows(w))):
         assert torch.equal(taken_kernels.taken_value(hidden, weight, actions), taken_kernels.taken_value(q, w, actions))
@@ -290,76 +284,6 @@ def test_autocast_does_not_reach_the_products(autocast: torch.dtype):
     assert all(map(torch.equal, (value.detach().cpu(), lse.cpu(), hidden_q.grad), expected))
 
 
-# --- operators --------------------------------------------------------------------------------------------------------
-
-
-def two_pairs() -> tuple[Tensor, ...]:
-    """value_rows, branch_ends, divisor, squares_divisor."""
-    ends = torch.tensor([0, 2, 3, 4, 6])
-    return tuple(move("triton", torch.tensor([1, -1, -1, -1, 3, -1]), ends, torch.ones(2), torch.ones(2)))
-
-
-def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    case = problem("softcap of all", dtype=torch.float32)
-    head = launcher_arguments(case)
-    q, b, w = head[:3]
-    states, actions = torch.tensor([0, 0, 3, 4], device=DEVICE), torch.tensor([1, 2, 3, 36], device=DEVICE)
-    order, ends = taken_kernels.transitions_of_states(states, 5)
-    logits, other = q @ w.T, b @ w.T
-    per_row, per_transition = torch.randn(5, device=DEVICE), torch.randn(4, device=DEVICE)
-    trained = q.clone().requires_grad_()
-    trained_logits = logits.clone().requires_grad_()
-    taken = torch.randn(6, device=DEVICE, requires_grad=True)
-    values = torch.randn(4, device=DEVICE, requires_grad=True)
-    lse = torch.full((5,), 4.0, device=DEVICE)
-    plain = (*head[:5], lse, 0.7, 1.3, 1.0, None, False)
-    return {
-        "soft_value": (soft_value.soft_value_op, head),
-        "soft_value, cached": (soft_value.soft_value_op, plain),
-        "soft_value_and_gradient": (soft_value.soft_value_and_gradient_op, (trained, *head[1:])),
-        "soft_value_and_gradient, cached": (soft_value.soft_value_and_gradient_op, (trained, *plain[1:])),
-        "soft_value_and_gradient, transposed": (
-            soft_value.soft_value_and_gradient_op,
-            (trained.detach().T.contiguous().T.requires_grad_(), *head[1:]),
-        ),
-        "state_action_values": (soft_value.state_action_values_op, (trained, *head[1:], states, actions)),
-        "taken_value": (soft_value.taken_value_op, (trained, w, actions, states)),
-        "taken_value, row by row": (soft_value.taken_value_op, (trained, w, torch.tensor([0] * 5), None)),
-        "hidden_gradient": (
-            soft_value.hidden_gradient_op,
-            (per_row, q, per_transition, w, actions, order, ends, torch.float32),
-        ),
-        "residual_soft_value": (residual.residual_soft_value_op, (trained_logits, other, 0.7, 1.3)),
-        "residual_soft_value_bwd": (
-            residual.residual_soft_value_bwd_op,
-            (logits, other, per_row, per_row, 0.7, 1.3),
-        ),
-        "residual_log_probs": (residual.residual_log_probs_op, (trained_logits, other, 0.7, 1.3)),
-        "residual_log_probs_bwd": (residual.residual_log_probs_bwd_op, (logits, other, 1.3, torch.bfloat16)),
-        "preference_loss": (preference_loss.preference_loss_op, (taken, values, *two_pairs(), 0.9, 0.1)),
-    }
-
-
-@pytest.mark.parametrize("name", operator_calls())
-def test_opcheck(name: str):
-    """Schema, fake kernel, gradient registration and tracing of every operator."""
-    operator, arguments = operator_calls()[name]
-    moved = tuple(move("triton", x)[0] if isinstance(x, Tensor) and not x.requires_grad else x for x in arguments)
-    torch.library.opcheck(operator, moved)
-
-
-def test_compiles_with_numbers_that_change():
-    """An annealed temperature, and batches of other sizes."""
-    torch.compiler.reset()
-    compiled = torch.compile(ops.residual_log_probs, fullgraph=True, backend="aot_eager")
-    for rows, alpha in ((2, 0.5), (3, 0.6), (5, 0.7)):
-        q, b = torch.randn(2, rows, 7, device=DEVICE)
-        result = compiled(q, b, alpha_0=alpha, alpha_tilde=1.3, backend="triton")
-        torch.testing.assert_close(
-            result, ops.residual_log_probs(q, b, alpha_0=alpha, alpha_tilde=1.3, backend="eager")
-        )
-
-
 def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch):
     """Triton launches on the current device: with tensors on another one, that is another GPU's memory."""
     current: list[Tensor] = []
@@ -380,42 +304,9 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(interpreted, "run", run)
-    for operator, arguments in operator_calls().values():
+    for operator, arguments in operator_calls("triton").values():
         operator(*arguments)
     assert launches >= 13
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("backend", ["triton", "auto", "torch"])
-def test_compiles_as_one_graph(compiler: str, backend: str, monkeypatch: pytest.MonkeyPatch):
-    """Loss and backward of a batch, without a graph break; `auto` decides while it is traced."""
-    # inductor imports setuptools, which refuses to be imported after the standard library's distutils.
-    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
-    case = problem(rows=4, dtype=torch.float32).to(DEVICE)
-    states, actions = torch.tensor([0, 1, 0, 2, 2, 3], device=DEVICE), torch.arange(6, device=DEVICE)
-    config = SimpleNamespace(gamma=0.9, beta=0.1)
-
-    def loss(hidden_q: Tensor, hidden_b: Tensor, weight: Tensor, *pairs: Tensor) -> tuple[Tensor, Tensor]:
-        params = ops.HeadParams(0.7, 1.3)
-        value, _, taken = ops.state_action_values(hidden_q, hidden_b, weight, params, states, actions, backend=backend)
-        total, metrics = ops.preference_loss(taken, value, ops.Pairs(*pairs), config, backend=backend)
-        apart = ops.soft_value(hidden_q, hidden_b, weight, alpha_0=1.0, alpha_tilde=1.0, backend=backend).sum()
-        logits = hidden_q @ weight.T, hidden_b @ weight.T
-        policy = ops.residual_log_probs(*logits, alpha_0=1.0, alpha_tilde=1.0, backend=backend)
-        soft = ops.residual_soft_value(*logits, alpha_0=1.0, alpha_tilde=1.0, backend=backend)
-        one = ops.taken_value(hidden_q, weight, actions[:4], backend=backend)
-        return total + apart + policy[:, 3].sum() + soft.sum() + one.sum(), metrics["rewards/margins"]
-
-    def run(function: Any) -> tuple[Tensor, ...]:
-        hidden_q = case.hidden_q.clone().requires_grad_()
-        total, margins = function(hidden_q, case.hidden_b, case.weight, *two_pairs())
-        total.backward()
-        assert hidden_q.grad is not None
-        return total.detach(), margins, hidden_q.grad
-
-    torch.compiler.reset()
-    for compiled, plain in zip(run(torch.compile(loss, fullgraph=True, backend=compiler)), run(loss), strict=True):
-        torch.testing.assert_close(compiled, plain)
 
 
 def test_scratch_of_a_huge_row_is_one_row():

@@ -25,7 +25,6 @@ BACKENDS = ("triton", "cpu", "torch", "eager")
 ENVIRONMENT_VARIABLE = "FASTQADAPTER_BACKEND"
 
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
-NO_CPU_KERNELS = "this version has no native CPU kernels yet"
 
 
 def _never(*args: Any, **kwargs: Any) -> None:
@@ -47,11 +46,8 @@ class Implementation:
 
 def backends() -> dict[str, str | None]:
     """Every backend name with None where it can be used, else the reason why it cannot."""
-    reasons = dict.fromkeys(BACKENDS) | {"cpu": NO_CPU_KERNELS}
-    reasons["triton"] = _no_triton() or (
-        None if torch.cuda.is_available() or _interpreted() else "no CUDA or ROCm GPU is available"
-    )
-    return reasons
+    no_gpu = None if torch.cuda.is_available() or _interpreted() else "no CUDA or ROCm GPU is available"
+    return dict.fromkeys(BACKENDS) | {"triton": _no_triton() or no_gpu, "cpu": _no_native_kernels()}
 
 
 def choose(op: str, implementations: Mapping[str, Implementation], backend: str, *args: Any) -> Callable[..., Any]:
@@ -76,10 +72,7 @@ def choose(op: str, implementations: Mapping[str, Implementation], backend: str,
         raise ValueError(f"no backend can serve this call of {op}")
     if backend not in BACKENDS:
         raise ValueError(f"{asked}={backend!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
-    if backend not in implementations:
-        reason = NO_CPU_KERNELS if backend == "cpu" else f"it has no {op}"
-    else:
-        reason = implementations[backend].refusal(*args)
+    reason = implementations[backend].refusal(*args) if backend in implementations else f"it has no {op}"
     if reason is not None:
         raise ValueError(f"{asked}={backend!r} cannot serve {op}: {reason}")
     return implementations[backend].run
@@ -90,40 +83,60 @@ def _log_refusal_once(op: str, backend: str, reason: str) -> None:
     logger.info("%s: backend %r passed over: %s", op, backend, reason)
 
 
-# --- the Triton backend, none of which is imported before it serves a call -------------------------------------------
+# --- the backends with kernels, none of which is imported before it serves a call -------------------------------------
 
 
-def triton_implementation(op: str, run: Callable[..., Any]) -> Implementation:
-    """`run` on GPUs: refused where Triton or the call does not allow it, passed over by `auto` where its first use on
-    the device went wrong."""
+def fused_implementations(op: str, run: Callable[..., Any]) -> dict[str, Implementation]:
+    """The kernels of `op` on GPUs and on CPUs; `run` takes the name of the backend first.
 
-    def auto_refusal(*args: Any) -> str | None:
+    Both are refused where the installation or the call does not allow them. `auto` also passes over Triton's where
+    their first use on the device went wrong.
+    """
+
+    def triton_auto_refusal(*args: Any) -> str | None:
         tensor = next(_tensors(args))
         if tensor.device.type != "cuda":
             return "on CPU tensors it runs under Triton's interpreter, which is for tests"
-        from fastqadapter.ops.triton.first_use import failure
+        from fastqadapter.ops.fused.first_use import failure
 
         return failure(op, tensor.device, tensor.dtype)
 
-    return Implementation(run, _triton_refusal, auto_refusal)
+    return {
+        "triton": Implementation(functools.partial(run, "triton"), _triton_refusal, triton_auto_refusal),
+        "cpu": Implementation(functools.partial(run, "cpu"), _cpu_refusal),
+    }
 
 
 def _triton_refusal(*args: Any) -> str | None:
-    if (reason := _no_triton()) is not None:
+    if (reason := _no_triton() or _float64(args)) is not None:
         return reason
     for tensor in _tensors(args):
-        if tensor.dtype == torch.float64:
-            return "its kernels compute in float32, not in torch.float64"
         if tensor.device.type == "cuda":
             if not torch.version.hip and torch.cuda.get_device_capability(tensor.device) < (8, 0):
                 return "it needs a GPU of compute capability 8.0 or higher"
         elif tensor.device.type != "cpu" or not _interpreted():
             return f"it needs tensors on a CUDA or ROCm GPU, these are on {tensor.device}"
-    return None if torch.compiler.is_compiling() else _other_differentiation(args)
+    return _other_differentiation(args)
+
+
+def _cpu_refusal(*args: Any) -> str | None:
+    if (reason := _no_native_kernels() or _float64(args)) is not None:
+        return reason
+    for tensor in _tensors(args):
+        if tensor.device.type != "cpu":
+            return f"it needs tensors on the CPU, these are on {tensor.device}"
+    return _other_differentiation(args)
+
+
+def _float64(args: tuple[Any, ...]) -> str | None:
+    wide = any(tensor.dtype == torch.float64 for tensor in _tensors(args))
+    return "its kernels compute in float32, not in torch.float64" if wide else None
 
 
 def _other_differentiation(args: tuple[Any, ...]) -> str | None:
     """The operators have a backward pass alone, and would let everything else pass as a constant."""
+    if torch.compiler.is_compiling():
+        return None
     if torch._C._are_functorch_transforms_active():
         return "it has no torch.func transforms (grad, vmap, jvp, ...)"
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in _tensors(args)):
@@ -137,6 +150,20 @@ def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
 
 def _no_triton() -> str | None:
     return None if _TRITON_IS_INSTALLED else "Triton is not installed"
+
+
+def _no_native_kernels() -> str | None:
+    from fastqadapter_kernels import native
+
+    try:
+        missing = native.cpu_isa() == "none"
+    except ValueError as error:  # of an environment variable
+        return str(error)
+    return "its native library is missing: `fastqadapter env` says how to add it" if missing else None
+
+
+# As torch.compiler.assume_constant_result marks a function; calling that would import all of torch._dynamo.
+_no_native_kernels.__dict__["_dynamo_marked_constant"] = True
 
 
 def _interpreted() -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastqadapter.ops import checks
-from fastqadapter.ops.backends import Implementation, choose, triton_implementation
+from fastqadapter.ops.backends import Implementation, choose, fused_implementations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +91,14 @@ def preference_loss_ref(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def _triton(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    from fastqadapter.ops.triton.preference_loss import preference_loss_triton
+def _fused(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    from fastqadapter.ops.fused.preference_loss import preference_loss_fused
 
-    return preference_loss_triton(*args)
+    return preference_loss_fused(*args)
 
 
 IMPLEMENTATIONS = {
-    "triton": triton_implementation("preference_loss", _triton),
+    **fused_implementations("preference_loss", _fused),
     "torch": Implementation(preference_loss_ref),
     "eager": Implementation(preference_loss_ref),
 }
@@ -119,7 +119,7 @@ def preference_loss(
         values: (S,) soft values of the state rows.
         pairs: which transitions form which branch; built by `fastqadapter.loss.pair_transitions`.
         config: a `QAdapterConfig`, or anything with `gamma` and `beta`.
-        backend: `auto`, `triton`, `torch` or `eager`.
+        backend: `auto`, `triton`, `cpu`, `torch` or `eager`.
 
     Returns:
         The scalar loss, and per-pair metrics, (B,) each and detached: `pref_loss`, `chi2_loss`, `rewards/chosen`,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastqadapter.ops import checks
-from fastqadapter.ops.backends import Implementation, choose, triton_implementation
+from fastqadapter.ops.backends import Implementation, choose, fused_implementations
 
 
 def _scores_ref(q_logits: Tensor, base_logits: Tensor, alpha_0: float, alpha_tilde: float) -> Tensor:
@@ -51,25 +51,25 @@ def residual_soft_value_fwd(q_logits: Tensor, base_logits: Tensor, alpha_0: floa
     )
 
 
-def _log_probs_triton(*args: Any) -> Tensor:
-    from fastqadapter.ops.triton.residual import residual_log_probs_triton
+def _log_probs_fused(*args: Any) -> Tensor:
+    from fastqadapter.ops.fused.residual import residual_log_probs_fused
 
-    return residual_log_probs_triton(*args)
+    return residual_log_probs_fused(*args)
 
 
-def _soft_value_triton(*args: Any) -> Tensor:
-    from fastqadapter.ops.triton.residual import residual_soft_value_triton
+def _soft_value_fused(*args: Any) -> Tensor:
+    from fastqadapter.ops.fused.residual import residual_soft_value_fused
 
-    return residual_soft_value_triton(*args)
+    return residual_soft_value_fused(*args)
 
 
 LOG_PROBS = {
-    "triton": triton_implementation("residual_log_probs", _log_probs_triton),
+    **fused_implementations("residual_log_probs", _log_probs_fused),
     "torch": Implementation(residual_log_probs_fwd),
     "eager": Implementation(residual_log_probs_ref),
 }
 SOFT_VALUE = {
-    "triton": triton_implementation("residual_soft_value", _soft_value_triton),
+    **fused_implementations("residual_soft_value", _soft_value_fused),
     "torch": Implementation(residual_soft_value_fwd),
     "eager": Implementation(residual_soft_value_ref),
 }
@@ -90,7 +90,7 @@ def residual_log_probs(
         base_logits: (..., V) logits of the frozen base, same shape, dtype and device.
         alpha_0: weight of the base policy, >= 0.
         alpha_tilde: temperature of the customised policy, > 0.
-        backend: `auto`, `triton`, `torch` or `eager`.
+        backend: `auto`, `triton`, `cpu`, `torch` or `eager`.
 
     Returns:
         (..., V) float32 (float64 for float64).

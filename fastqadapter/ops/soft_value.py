@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastqadapter.ops import checks
-from fastqadapter.ops.backends import Implementation, choose, triton_implementation
+from fastqadapter.ops.backends import Implementation, choose, fused_implementations
 from fastqadapter.ops.derivative import first_derivative
 
 # Sizes of one tile of scores: large enough for the GEMM to run at full speed, small enough for its fp32 copy to stay
@@ -247,14 +247,14 @@ def soft_value_tiled(
     return SoftValueFunction.apply(hidden_q, hidden_b, weight, params, base_lse, with_gradient)
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor]:
-    from fastqadapter.ops.triton.soft_value import soft_value_triton
+def _fused(*args: Any) -> tuple[Tensor, Tensor]:
+    from fastqadapter.ops.fused.soft_value import soft_value_fused
 
-    return soft_value_triton(*args)
+    return soft_value_fused(*args)
 
 
 IMPLEMENTATIONS = {
-    "triton": triton_implementation("soft_value", _triton),
+    **fused_implementations("soft_value", _fused),
     "torch": Implementation(soft_value_tiled),
     "eager": Implementation(soft_value_ref),
 }
@@ -293,7 +293,7 @@ def soft_value(
         base_lse: (N,) lse of the base logits where it is known already; saves one product of size N*D*V, at some
             accuracy in half precision (see the head of this module).
         return_base_lse: also return that lse.
-        backend: `auto`, `triton`, `torch` or `eager`.
+        backend: `auto`, `triton`, `cpu`, `torch` or `eager`.
 
     Returns:
         (N,) float32 (float64 for a float64 `weight`); with `return_base_lse` the pair `(v, base_lse)`. NaN or inf in

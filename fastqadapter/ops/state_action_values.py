@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastqadapter.ops import checks
-from fastqadapter.ops.backends import Implementation, choose, triton_implementation
+from fastqadapter.ops.backends import Implementation, choose, fused_implementations
 from fastqadapter.ops.soft_value import HeadParams, check_states, soft_value_ref, soft_value_tiled
 from fastqadapter.ops.taken_value import taken_value_ref
 
@@ -43,14 +43,14 @@ def state_action_values_tiled(
     return value, base_lse, taken_value_ref(hidden_q.index_select(0, states), weight, actions)
 
 
-def _triton(*args: Any) -> Values:
-    from fastqadapter.ops.triton.soft_value import state_action_values_triton
+def _fused(*args: Any) -> Values:
+    from fastqadapter.ops.fused.soft_value import state_action_values_fused
 
-    return state_action_values_triton(*args)
+    return state_action_values_fused(*args)
 
 
 IMPLEMENTATIONS = {
-    "triton": triton_implementation("state_action_values", _triton),
+    **fused_implementations("state_action_values", _fused),
     "torch": Implementation(state_action_values_tiled),
     "eager": Implementation(state_action_values_ref),
 }
@@ -76,7 +76,7 @@ def state_action_values(
         states: (M,) int64 or int32, the row of each transition; a row may have any number of transitions. One outside
             raises on the CPU, as an action does.
         actions: (M,) int64 or int32, the token that each transition takes, see `taken_value`.
-        backend: `auto`, `triton`, `torch` or `eager`.
+        backend: `auto`, `triton`, `cpu`, `torch` or `eager`.
 
     Returns:
         v (S,), lse of the base logits (S,), products (M,) without bias, logit scale and soft-cap; all float32

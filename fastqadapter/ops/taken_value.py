@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastqadapter.ops import checks
-from fastqadapter.ops.backends import Implementation, choose, triton_implementation
+from fastqadapter.ops.backends import Implementation, choose, fused_implementations
 
 
 def taken_value_ref(
@@ -26,14 +26,14 @@ def taken_value_ref(
     return (hidden_q.to(dtype) * rows).sum(dim=-1).masked_fill(~inside, torch.nan)
 
 
-def _triton(*args: Any) -> Tensor:
-    from fastqadapter.ops.triton.soft_value import taken_value_triton
+def _fused(*args: Any) -> Tensor:
+    from fastqadapter.ops.fused.soft_value import taken_value_fused
 
-    return taken_value_triton(*args)
+    return taken_value_fused(*args)
 
 
 IMPLEMENTATIONS = {
-    "triton": triton_implementation("taken_value", _triton),
+    **fused_implementations("taken_value", _fused),
     "torch": Implementation(taken_value_ref),
     "eager": Implementation(taken_value_ref),
 }
@@ -53,7 +53,7 @@ def taken_value(
         weight: (V, D) frozen LM head.
         actions: (N,) int64 or int32 tokens. A token outside the vocabulary raises on the CPU; on an accelerator, where
             looking would wait for the device, its value is NaN.
-        backend: `auto`, `triton`, `torch` or `eager`.
+        backend: `auto`, `triton`, `cpu`, `torch` or `eager`.
 
     Returns:
         (N,) float32 (float64 for a float64 `weight`).

@@ -15,12 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastqadapter_kernels.preference_metrics import METRICS
 from fastqadapter_kernels.triton.device import hardware, launch_options, on_its_device
 
-METRICS = (
-    "pref_loss", "chi2_loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-    "q_values/mean", "values/mean",
-)  # fmt: skip
 BLOCK_M = 512  # 1024 spills on sm_90
 
 

@@ -96,13 +96,6 @@ def taken_value(
     return out
 
 
-def transitions_of_states(states: Tensor, count: int) -> tuple[Tensor, Tensor]:  # (M,) -> order (M,), ends (S + 1,)
-    """Sort transitions by state: those of state s are `order[ends[s]:ends[s + 1]]`, in their own order."""
-    ordered, order = torch.sort(states, stable=True)
-    rows = torch.arange(count + 1, device=states.device, dtype=states.dtype)
-    return order, torch.searchsorted(ordered, rows)
-
-
 @on_its_device
 def hidden_gradient(
     grad_value: Tensor | None,  # (S,) fp32

@@ -1,4 +1,4 @@
-"""`soft_value` and `state_action_values` on Triton kernels."""
+"""`soft_value`, `taken_value` and `state_action_values` on kernels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from fastqadapter.ops.derivative import first_derivative
+from fastqadapter.ops.fused import kernels_of
 from fastqadapter.ops.soft_value import HeadParams
-from fastqadapter_kernels.triton import soft_value as kernels
-from fastqadapter_kernels.triton import soft_value_lse as lse_kernels
-from fastqadapter_kernels.triton import taken_value as taken_kernels
 
 
 def _per_row(hidden: Tensor) -> Tensor:
@@ -20,6 +18,7 @@ def _per_row(hidden: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastqadapter::soft_value", mutates_args=())
 def soft_value_op(
+    backend: str,
     hidden_q: Tensor,
     hidden_b: Tensor,
     weight: Tensor,
@@ -33,18 +32,19 @@ def soft_value_op(
     difference: bool,
 ) -> tuple[Tensor, Tensor]:
     """v and lse(b), without gradient and without logits."""
-    return lse_kernels.soft_value_lse(
+    return kernels_of(backend).soft_value_lse(
         hidden_q, hidden_b, weight, bias_b, bias_q, base_lse, alpha_0, alpha_tilde, logit_scale, softcap, difference
     )
 
 
 @soft_value_op.register_fake
-def _(hidden_q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(backend: str, hidden_q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _per_row(hidden_q), _per_row(hidden_q)
 
 
 @torch.library.custom_op("fastqadapter::soft_value_and_gradient", mutates_args=())
 def soft_value_and_gradient_op(
+    backend: str,
     hidden_q: Tensor,
     hidden_b: Tensor,
     weight: Tensor,
@@ -58,31 +58,32 @@ def soft_value_and_gradient_op(
     difference: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v, lse(b) and e = dv/dhidden_q."""
-    return kernels.soft_value_and_gradient(
+    return kernels_of(backend).soft_value_and_gradient(
         hidden_q, hidden_b, weight, bias_b, bias_q, base_lse, alpha_0, alpha_tilde, logit_scale, softcap, difference
     )
 
 
 @soft_value_and_gradient_op.register_fake
-def _(hidden_q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(backend: str, hidden_q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _per_row(hidden_q), _per_row(hidden_q), hidden_q.new_empty(hidden_q.shape, dtype=torch.float32)
 
 
 def _keep_expected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs[0], output[2])
+    ctx.save_for_backward(inputs[1], output[2])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _scale_expected(ctx: Any, grad_value: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     hidden_q, expected = ctx.saved_tensors
     gradient = (grad_value[:, None] * expected).to(hidden_q.dtype)
-    return (first_derivative(gradient, hidden_q), *[None] * 10)
+    return (None, first_derivative(gradient, hidden_q), *[None] * 10)
 
 
 soft_value_and_gradient_op.register_autograd(_scale_expected, setup_context=_keep_expected)
 
 
-def soft_value_triton(
+def soft_value_fused(
+    backend: str,
     hidden_q: Tensor,  # (N, D)
     hidden_b: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -92,7 +93,7 @@ def soft_value_triton(
     """The form with the expected embedding where a gradient may be asked for, else the one without logits."""
     with_gradient = torch.is_grad_enabled() and hidden_q.requires_grad
     op = soft_value_and_gradient_op if with_gradient else soft_value_op
-    return op(*_tensors(hidden_q, hidden_b, weight, params, base_lse), *_numbers(params))[:2]
+    return op(backend, *_tensors(hidden_q, hidden_b, weight, params, base_lse), *_numbers(params))[:2]
 
 
 def _tensors(
@@ -109,8 +110,16 @@ def _numbers(params: HeadParams) -> tuple[float, float, float, float | None, boo
     return float(params.alpha_0), float(params.alpha_tilde), float(params.logit_scale), softcap, params.difference
 
 
+def transitions_of_states(states: Tensor, count: int) -> tuple[Tensor, Tensor]:  # (M,) -> order (M,), ends (S + 1,)
+    """Sort transitions by state: those of state s are `order[ends[s]:ends[s + 1]]`, in their own order."""
+    ordered, order = torch.sort(states, stable=True)
+    rows = torch.arange(count + 1, device=states.device, dtype=states.dtype)
+    return order, torch.searchsorted(ordered, rows)
+
+
 @torch.library.custom_op("fastqadapter::state_action_values", mutates_args=())
 def state_action_values_op(
+    backend: str,
     hidden_q: Tensor,
     hidden_b: Tensor,
     weight: Tensor,
@@ -126,16 +135,17 @@ def state_action_values_op(
     actions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """v (S,), W[a] . hidden_q[s] (M,), and without gradient: lse(b) (S,), e (S, D), transitions by state."""
+    kernels = kernels_of(backend)
     value, lse, expected = kernels.soft_value_and_gradient(
         hidden_q, hidden_b, weight, bias_b, bias_q, base_lse, alpha_0, alpha_tilde, logit_scale, softcap, difference
     )
-    taken = taken_kernels.taken_value(hidden_q, weight, actions, states)
-    order, ends = taken_kernels.transitions_of_states(states, hidden_q.shape[0])
+    taken = kernels.taken_value(hidden_q, weight, actions, states)
+    order, ends = transitions_of_states(states, hidden_q.shape[0])
     return value, taken, lse, expected, order, ends
 
 
 @state_action_values_op.register_fake
-def _(hidden_q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(backend: str, hidden_q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     states = others[-2]
     ends = states.new_empty(hidden_q.shape[0] + 1, dtype=torch.int64)
     expected = hidden_q.new_empty(hidden_q.shape, dtype=torch.float32)
@@ -145,6 +155,7 @@ def _(hidden_q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 @torch.library.custom_op("fastqadapter::hidden_gradient", mutates_args=())
 def hidden_gradient_op(
+    backend: str,
     grad_value: Tensor | None,
     expected: Tensor | None,
     grad_taken: Tensor,
@@ -155,11 +166,12 @@ def hidden_gradient_op(
     dtype: torch.dtype,
 ) -> Tensor:
     """`g_v e + sum g_q W[a]` for each state."""
-    return taken_kernels.hidden_gradient(grad_value, expected, grad_taken, weight, actions, order, ends, dtype)
+    return kernels_of(backend).hidden_gradient(grad_value, expected, grad_taken, weight, actions, order, ends, dtype)
 
 
 @hidden_gradient_op.register_fake
 def _(
+    backend: str,
     grad_value: Tensor | None,
     expected: Tensor | None,
     grad_taken: Tensor,
@@ -174,22 +186,24 @@ def _(
 
 def _keep_transitions(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, _, _, expected, order, ends = output
-    ctx.save_for_backward(inputs[0], expected, inputs[2], inputs[-1], order, ends)
+    backend, hidden_q, _, weight, *_, actions = inputs
+    ctx.backend = backend
+    ctx.save_for_backward(hidden_q, expected, weight, actions, order, ends)
     ctx.mark_non_differentiable(*output[2:])
 
 
 def _both_gradients(ctx: Any, grad_value: Tensor, grad_taken: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     hidden_q, expected, weight, actions, order, ends = ctx.saved_tensors
-    gradient = hidden_gradient_op(
-        grad_value.contiguous(), expected, grad_taken.contiguous(), weight, actions, order, ends, hidden_q.dtype
-    )
-    return (first_derivative(gradient, hidden_q), *[None] * 12)
+    grads = grad_value.contiguous(), expected, grad_taken.contiguous()
+    gradient = hidden_gradient_op(ctx.backend, *grads, weight, actions, order, ends, hidden_q.dtype)
+    return (None, first_derivative(gradient, hidden_q), *[None] * 12)
 
 
 state_action_values_op.register_autograd(_both_gradients, setup_context=_keep_transitions)
 
 
-def state_action_values_triton(
+def state_action_values_fused(
+    backend: str,
     hidden_q: Tensor,  # (S, D)
     hidden_b: Tensor,  # (S, D)
     weight: Tensor,  # (V, D)
@@ -201,25 +215,25 @@ def state_action_values_triton(
     tensors = _tensors(hidden_q, hidden_b, weight, params, None)
     states, actions = states.contiguous(), actions.contiguous()
     if torch.is_grad_enabled() and hidden_q.requires_grad:
-        value, taken, lse, *_ = state_action_values_op(*tensors, *_numbers(params), states, actions)
+        value, taken, lse, *_ = state_action_values_op(backend, *tensors, *_numbers(params), states, actions)
         return value, lse, taken
-    value, lse = soft_value_op(*tensors, *_numbers(params))
-    return value, lse, taken_value_op(hidden_q, weight, actions, states)
+    value, lse = soft_value_op(backend, *tensors, *_numbers(params))
+    return value, lse, taken_value_op(backend, hidden_q, weight, actions, states)
 
 
 @torch.library.custom_op("fastqadapter::taken_value", mutates_args=())
-def taken_value_op(hidden_q: Tensor, weight: Tensor, actions: Tensor, states: Tensor | None) -> Tensor:
+def taken_value_op(backend: str, hidden_q: Tensor, weight: Tensor, actions: Tensor, states: Tensor | None) -> Tensor:
     """`W[a_t] . hidden_q[s_t]`, or of row t where `states` is None."""
-    return taken_kernels.taken_value(hidden_q, weight, actions, states)
+    return kernels_of(backend).taken_value(hidden_q, weight, actions, states)
 
 
 @taken_value_op.register_fake
-def _(hidden_q: Tensor, weight: Tensor, actions: Tensor, states: Tensor | None) -> Tensor:
+def _(backend: str, hidden_q: Tensor, weight: Tensor, actions: Tensor, states: Tensor | None) -> Tensor:
     return hidden_q.new_empty(actions.shape[0], dtype=torch.float32)
 
 
 def _keep_actions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden_q, weight, actions, states = inputs
+    ctx.backend, hidden_q, weight, actions, states = inputs
     ctx.save_for_backward(weight, actions, states)
     ctx.rows, ctx.hidden_dtype = hidden_q.shape[0], hidden_q.dtype
 
@@ -228,17 +242,19 @@ def _scatter_embeddings(ctx: Any, grad_taken: Tensor) -> tuple[Tensor | None, ..
     weight, actions, states = ctx.saved_tensors
     if states is None:
         states = torch.arange(ctx.rows, device=actions.device)
-    order, ends = taken_kernels.transitions_of_states(states, ctx.rows)
-    gradient = hidden_gradient_op(None, None, grad_taken.contiguous(), weight, actions, order, ends, ctx.hidden_dtype)
-    return gradient, None, None, None
+    order, ends = transitions_of_states(states, ctx.rows)
+    grads = None, None, grad_taken.contiguous()
+    gradient = hidden_gradient_op(ctx.backend, *grads, weight, actions, order, ends, ctx.hidden_dtype)
+    return None, gradient, None, None, None
 
 
 taken_value_op.register_autograd(_scatter_embeddings, setup_context=_keep_actions)
 
 
-def taken_value_triton(
+def taken_value_fused(
+    backend: str,
     hidden_q: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     actions: Tensor,  # (N,)
 ) -> Tensor:  # (N,)
-    return taken_value_op(hidden_q, weight, actions.contiguous(), None)
+    return taken_value_op(backend, hidden_q, weight, actions.contiguous(), None)

@@ -1,0 +1,109 @@
+// Rows of logits over the whole vocabulary: v and log-probs of the customised policy, and their gradients.
+
+// Columns at a time: the scores of a block stay in the first-level cache between its maximum and its sum.
+constexpr int64_t BLOCK = 2048;
+
+// Calls f(scores, base logits, first column, count) for each block of one row, with scores (q + alpha_0 b) / alpha_tilde.
+// Rows of the buffers are filled up to a multiple of LANES with -inf.
+template <class F>
+FQA_INLINE void each_block(const Matrix& q_logits, const Matrix& base_logits, int64_t row, int64_t vocab, float alpha_0,
+                           float alpha_tilde, F f) {
+    float scores[BLOCK], base[BLOCK];
+    for (int64_t first = 0; first < vocab; first += BLOCK) {
+        const int64_t count = smaller(BLOCK, vocab - first);
+        load_row(q_logits, row, first, count, scores);
+        load_row(base_logits, row, first, count, base);
+        for (int64_t i = 0; i < count; i += LANES)
+            store(scores + i, (load(scores + i) + alpha_0 * load(base + i)) / alpha_tilde);
+        for (int64_t i = count; i < round_up(count, LANES); ++i) scores[i] = base[i] = -INFINITE;
+        f(scores, base, first, count);
+    }
+}
+
+// log sum exp of what comes in blocks.
+struct BlockwiseLse {
+    float shift = -INFINITE;
+    Floats total = {};
+
+    void add(const float* x, int64_t count) {
+        Floats found = broadcast(shift);
+        for (int64_t i = 0; i < count; i += LANES) found = maximum(found, load(x + i));
+        const float raised = maximum(found);
+        const Floats step = exp(broadcast(raised > shift ? shift - raised : 0.0f));
+        const float offset = raised == -INFINITE ? 0.0f : raised;
+        Floats terms[2] = {};
+        for (int64_t i = 0; i < count; i += LANES) terms[i / LANES % 2] += exp(load(x + i) - offset);
+        total = total * step + (terms[0] + terms[1]);
+        shift = raised;
+    }
+
+    float result() const { return shift + __builtin_logf(sum(total)); }
+};
+
+static void residual_soft_value(const ResidualCall& call, int threads) {
+    parallel_rows(call.rows, 2 * call.vocab, threads, [&](int64_t row) {
+        BlockwiseLse of_scores, of_base;
+        each_block(call.q_logits, call.base_logits, row, call.vocab, call.alpha_0, call.alpha_tilde,
+                   [&](const float* scores, const float* base, int64_t, int64_t count) {
+                       of_scores.add(scores, count);
+                       of_base.add(base, count);
+                   });
+        call.lse[row] = of_scores.result();
+        call.value[row] = call.alpha_tilde * of_scores.result() - call.alpha_0 * of_base.result();
+    });
+}
+
+static void residual_log_probs(const ResidualCall& call, int threads) {
+    parallel_rows(call.rows, 3 * call.vocab, threads, [&](int64_t row) {
+        BlockwiseLse of_scores;
+        float* out = call.value + row * call.vocab;
+        each_block(call.q_logits, call.base_logits, row, call.vocab, call.alpha_0, call.alpha_tilde,
+                   [&](const float* scores, const float*, int64_t first, int64_t count) {
+                       of_scores.add(scores, count);
+                       store_row(out, Dtype::float32, first, count, scores);
+                   });
+        const float lse = of_scores.result();
+        for (int64_t i = 0; i < call.vocab; i += LANES) {
+            const int64_t rest = smaller(LANES, call.vocab - i);
+            if (rest == LANES)
+                store(out + i, load(out + i) - lse);
+            else
+                store_first(out + i, rest, load_first(out + i, rest, 0.0f) - lse);
+        }
+    });
+}
+
+// dv/dq = softmax(scores).
+static void residual_soft_value_bwd(const ResidualBackwardCall& call, int threads) {
+    parallel_rows(call.rows, 3 * call.vocab, threads, [&](int64_t row) {
+        each_block(call.q_logits, call.base_logits, row, call.vocab, call.alpha_0, call.alpha_tilde,
+                   [&](float* scores, const float*, int64_t first, int64_t count) {
+                       for (int64_t i = 0; i < count; i += LANES)
+                           store(scores + i, call.grad_value[row] * exp(load(scores + i) - call.lse[row]));
+                       store_row(call.gradient, call.dtype, row * call.vocab + first, count, scores);
+                   });
+    });
+}
+
+// d log pi~ / dq: (g - pi~ sum g) / alpha_tilde.
+static void residual_log_probs_bwd(const ResidualBackwardCall& call, int threads) {
+    parallel_rows(call.rows, 3 * call.vocab, threads, [&](int64_t row) {
+        float log_probs[BLOCK], grad[BLOCK];
+        float sum_of_grad = 0.0f;
+        for (int64_t first = 0; first < call.vocab; first += BLOCK) {
+            const int64_t count = smaller(BLOCK, call.vocab - first);
+            load_row(call.grad, row, first, count, grad);
+            Floats terms = {};
+            for (int64_t i = 0; i < count; i += LANES) terms += load(grad + i);
+            sum_of_grad += sum(terms);
+        }
+        for (int64_t first = 0; first < call.vocab; first += BLOCK) {
+            const int64_t count = smaller(BLOCK, call.vocab - first);
+            load_row(call.grad, row, first, count, grad);
+            load_row(call.log_probs, row, first, count, log_probs);
+            for (int64_t i = 0; i < count; i += LANES)
+                store(grad + i, (load(grad + i) - sum_of_grad * exp(load(log_probs + i))) / call.alpha_tilde);
+            store_row(call.gradient, call.dtype, row * call.vocab + first, count, grad);
+        }
+    });
+}

@@ -1,0 +1,357 @@
+"""What the tests of the ops do not reach of the native CPU kernels: every instruction set, shapes and strides by
+hypothesis, the 16-bit dtypes bit by bit, threads, forks, memory, and wrong calls."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastqadapter import ops
+from fastqadapter.testing import assert_close_to_truth
+from fastqadapter_kernels import cpu, native
+from soft_value_problem import HEADS, Problem, problem
+
+pytestmark = pytest.mark.skipif(native.native_library() is None, reason="no native library: no C++ compiler was found")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, or forks")
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine has."""
+    before = native.cpu_isa()
+    used = native.set_cpu_isa(request.param)
+    if used != request.param:
+        native.set_cpu_isa(before)
+        pytest.skip(f"this processor has {used}, not {request.param}")
+    yield used
+    native.set_cpu_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def run_python(code: str, **environment: str) -> str:
+    """What `code` prints in a process of its own; a hang is a failure."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def check(case: Problem, backend: str = "cpu") -> None:
+    """v, lse and gradient against eager in float64."""
+    for name, *three in zip(
+        ("v", "lse", "gradient"), case.run(backend), case.run("eager"), case.to(torch.float64).run("eager"), strict=True
+    ):
+        assert_close_to_truth(*three, name=name, dtype=case.weight.dtype)
+
+
+def placed(matrix: Tensor, layout: str) -> Tensor:
+    """The same numbers elsewhere in memory: at an odd offset, in rows further apart, or column by column."""
+    rows, columns = matrix.shape
+    if layout == "transposed":
+        return matrix.T.contiguous().T
+    wider = matrix.new_full((rows, columns + 3), torch.nan)
+    wider[:, 1 : columns + 1] = matrix
+    return wider[:, 1 : columns + 1] if layout == "strided" else matrix
+
+
+layouts = st.sampled_from(["contiguous", "strided", "transposed"])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Problem:
+    """Any shape, dtype, head and layout; flat, peaked or extreme logits; here and there a token that is ruled out."""
+    rows, size, vocab = draw(st.integers(1, 300)), draw(st.integers(1, 700)), draw(st.integers(1, 5000))
+    dtype = draw(st.sampled_from(DTYPES))
+    head = draw(st.sampled_from(list(HEADS)))
+    case = problem(head, rows, vocab, size, dtype, logit_scale=HEADS[head].get("logit_scale", 1.0))
+    scale = draw(st.sampled_from([1.0, 30.0, 2000.0])) if HEADS[head].get("softcap") is None else 1.0
+    hidden_q, hidden_b = case.hidden_q * draw(st.sampled_from([0.0, 0.1, scale])), case.hidden_b * scale
+    options = dict(case.options)
+    if isinstance(options.get("bias"), Tensor) and options.get("softcap") is None:  # a soft-cap refuses infinities
+        options["bias"][1::3] = -torch.inf if options["logit_scale"] > 0 else torch.inf
+    return Problem(
+        placed(hidden_q, draw(layouts)), placed(hidden_b, draw(layouts)), placed(case.weight, draw(layouts)), options
+    )
+
+
+def test_any_shape_and_layout(isa: str):
+    # derandomize: the same cases in every run; a failure is a change of the code.
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
+    @given(cases())
+    def run(case: Problem) -> None:
+        check(case)
+
+    run()
+
+
+@each_dtype
+def test_no_rows(dtype: torch.dtype, isa: str):
+    empty, weight = torch.zeros(0, 6, dtype=dtype), torch.zeros(37, 6, dtype=dtype)
+    args = (empty, empty, weight, None, None, None, 1.0, 1.0, 1.0, None, False)
+    assert [tuple(x.shape) for x in cpu.soft_value_and_gradient(*args)] == [(0,), (0,), (0, 6)]
+    assert cpu.taken_value(empty, weight, torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert cpu.residual_log_probs(empty, empty, 1.0, 1.0).shape == (0, 6)
+
+
+def test_rows_beyond_one_pass(monkeypatch: pytest.MonkeyPatch):
+    """So many rows that they take several passes over the vocabulary."""
+    rows, size, vocab = 1300, 600, 2000  # 40 MiB hold 1100 rows of 8 parts of e
+    case = problem(rows=rows, vocab=vocab, size=size, dtype=torch.float32)
+    value, lse, expected = cpu.soft_value_and_gradient(*arguments(case))
+    for first in (0, 1040, 1290):
+        few = Problem(case.hidden_q[first:][:10], case.hidden_b[first:][:10], case.weight, case.options)
+        for whole, part in zip((value, lse, expected), cpu.soft_value_and_gradient(*arguments(few)), strict=True):
+            assert torch.equal(whole[first:][:10], part)
+
+
+def arguments(case: Problem) -> tuple[Any, ...]:
+    params = ops.HeadParams(**case.options)
+    tensors = case.hidden_q, case.hidden_b, case.weight, params.bias, params.bias_q, None
+    return *tensors, params.alpha_0, params.alpha_tilde, params.logit_scale, params.softcap, params.difference
+
+
+# --- the 16-bit dtypes, bit by bit ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_number_is_read_right(dtype: torch.dtype, isa: str):
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    weight = patterns.view(dtype)[:, None]
+    one = torch.ones(1, 1, dtype=torch.float32).expand(2**16, 1)
+    read = cpu.taken_value(one, weight, torch.arange(2**16))
+    torch.testing.assert_close(read, weight[:, 0].float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_number_is_rounded_right(dtype: torch.dtype, isa: str):
+    """To the nearest, ties to even: all exponents, with mantissas around every kind of tie."""
+    generator = torch.Generator().manual_seed(0)
+    mantissas = torch.cat(
+        [
+            torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0x17FFF, 0x18000]),
+            0x7FFFFF - torch.arange(0, 0x4000, 0x7FF),
+            torch.randint(0, 2**23, (64,), generator=generator),
+        ]
+    )
+    bits = (torch.arange(512)[:, None] * 2**23 + mantissas).flatten().to(torch.int32)
+    numbers = bits.view(torch.float32)
+    count = len(numbers)
+    order = torch.arange(count)
+    rounded = cpu.hidden_gradient(
+        None, None, numbers, torch.ones(1, 1), torch.zeros_like(order), order, torch.arange(count + 1), dtype
+    )[:, 0]
+    expected = numbers.to(dtype)
+    both = rounded.isnan() & expected.isnan()
+    # 0 + x: the sign of a zero goes.
+    assert torch.equal(rounded[~both] + 0.0, expected[~both] + 0.0)
+    assert torch.equal(rounded.isnan(), expected.isnan())
+
+
+# --- threads and processes --------------------------------------------------------------------------------------------
+
+
+def outputs(rows: int = 70) -> list[Tensor]:
+    """Every op once."""
+    case = problem("scale and biases", rows, 3000, 40, torch.bfloat16)
+    value, lse, expected = cpu.soft_value_and_gradient(*arguments(case))
+    actions = (torch.arange(2 * rows) * 7919) % 3000
+    states = torch.arange(2 * rows) // 2
+    taken = cpu.taken_value(case.hidden_q, case.weight, actions, states)
+    order, ends = torch.arange(2 * rows), 2 * torch.arange(rows + 1)
+    gradient = cpu.hidden_gradient(value, expected, taken, case.weight, actions, order, ends, torch.bfloat16)
+    logits = case.hidden_q @ case.weight.T, case.hidden_b @ case.weight.T
+    soft, of_scores = cpu.residual_soft_value(*logits, 0.7, 1.3)
+    log_probs = cpu.residual_log_probs(*logits, 0.7, 1.3)
+    return [
+        value, lse, expected, taken, gradient, soft, log_probs,
+        cpu.residual_soft_value_bwd(*logits, of_scores, soft, 0.7, 1.3),
+        cpu.residual_log_probs_bwd(log_probs, log_probs, 1.3, torch.bfloat16),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 70, 300])
+def test_results_do_not_depend_on_threads(rows: int, threads: Callable[[int], None], isa: str):
+    threads(1)
+    one = outputs(rows)
+    for count in (1, 2, 3, 5):
+        threads(count)
+        for _ in range(2):
+            assert all(map(torch.equal, one, outputs(rows)))
+
+
+def test_several_python_threads_at_once(threads: Callable[[int], None]):
+    threads(2)
+    expected = outputs()
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: outputs(), range(12)):
+            assert all(map(torch.equal, expected, found))
+
+
+USE_OF_ALL_THREADS = """
+import os, sys, torch
+sys.path[:0] = sys.argv[1:]
+from fastqadapter_kernels import cpu
+torch.set_num_threads(2)
+logits = torch.randn(64, 5000)
+def use():
+    return cpu.residual_soft_value(logits, logits, 0.7, 1.3)[0]
+expected = use()
+torch.mm(torch.randn(500, 500), torch.randn(500, 500))
+"""
+
+
+@on_linux
+def test_no_threads_beside_those_of_torch():
+    tasks = "len(os.listdir('/proc/self/task'))"
+    code = f"""{USE_OF_ALL_THREADS}
+before = {tasks}
+for _ in range(3):
+    use()
+print({tasks} - before)
+"""
+    assert run_python(code).strip() == "0"
+
+
+@on_linux
+def test_forked_child_neither_hangs_nor_differs():
+    """The pool's threads do not survive a fork: with them a child would wait for ever."""
+    code = f"""{USE_OF_ALL_THREADS}
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(use(), expected) else 1)
+assert torch.equal(use(), expected)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run_python(code).strip() == "0"
+
+
+@on_linux
+def test_dataloader_worker():
+    code = f"""{USE_OF_ALL_THREADS}
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return use()
+loader = torch.utils.data.DataLoader(Rows(), num_workers=2, multiprocessing_context="fork")
+print(all(torch.equal(batch[0], expected) for batch in loader))
+"""
+    assert run_python(code).strip() == "True"
+
+
+@on_linux
+def test_extra_memory_is_bounded():
+    """The same few MiB for 64 times the rows and 8 times the vocabulary; eager would take 2 GiB for the larger."""
+    code = """
+import torch
+from fastqadapter_kernels import cpu
+torch.set_num_threads(2)
+def kib(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(name))
+def call(rows, vocab):
+    hidden, weight = torch.randn(2, rows, 128), torch.randn(vocab, 128)
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")  # the peak starts again
+    before = kib("VmRSS")
+    results = cpu.soft_value_and_gradient(*hidden, weight, None, None, None, 0.7, 1.3, 1.0, None, False)
+    return (kib("VmHWM") - before) / 1024 - sum(x.nbytes for x in results) / 2**20
+call(64, 512)
+print(call(512, 1024), call(32768, 8192))
+"""
+    few, many = map(float, run_python(code).split())
+    assert 0 < few <= many <= 48
+
+
+# --- wrong calls ------------------------------------------------------------------------------------------------------
+
+
+def wrong(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    case = problem("bias", rows=5, dtype=torch.float32)
+    names = ("hidden_q", "hidden_b", "weight", "bias_b", "bias_q", "base_lse")
+    numbers = {"alpha_0": 0.7, "alpha_tilde": 1.3, "logit_scale": 1.0, "softcap": None, "difference": False}
+    keywords = dict(zip(names, arguments(case), strict=False)) | numbers
+    change(keywords)
+    return keywords
+
+
+SOFT_VALUE_ERRORS = {
+    "dtype": (lambda k: k.update(weight=k["weight"].double()), r"weight is float64 \(37, 6\) on cpu"),
+    "integers": (lambda k: k.update(hidden_q=torch.zeros(5, 6, dtype=torch.int32)), r"hidden_q is int32 \(5, 6\)"),
+    "device": (lambda k: k.update(hidden_b=k["hidden_b"].to("meta")), r"hidden_b is float32 \(5, 6\) on meta"),
+    "rows": (lambda k: k.update(hidden_b=k["hidden_b"][:4]), r"hidden_b is float32 \(4, 6\) .* expect .* \(5, 6\)"),
+    "columns": (lambda k: k.update(weight=k["weight"][:, :5]), r"hidden_q is float32 \(5, 6\) .* \(5, 5\)"),
+    "sparse": (lambda k: k.update(hidden_q=k["hidden_q"].to_sparse()), "sparse"),
+    "bias": (lambda k: k.update(bias_b=torch.zeros(38)), r"bias_b is float32 \(38,\) on cpu; .* \(37,\)"),
+    "stride": (lambda k: k.update(base_lse=torch.zeros(10)[::2]), r"base_lse is .* strides \(2,\); .* contiguous"),
+    "base_lse": (lambda k: k.update(base_lse=torch.zeros(5, dtype=torch.float64)), "base_lse is float64"),
+}
+
+
+@pytest.mark.parametrize("name", SOFT_VALUE_ERRORS)
+def test_wrong_soft_value_is_refused(name: str):
+    change, message = SOFT_VALUE_ERRORS[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        cpu.soft_value_and_gradient(**wrong(change))
+    assert "\n" not in str(caught.value) and "the CPU kernels expect" in str(caught.value)
+
+
+def test_wrong_rows_and_logits_are_refused():
+    hidden, weight, logits = torch.zeros(5, 6), torch.zeros(37, 6), torch.zeros(4, 9)
+    actions = torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="actions is"):
+        cpu.taken_value(hidden, weight, actions.to("meta"))
+    with pytest.raises(ValueError, match=r"states is int64 \(4,\)"):
+        cpu.taken_value(hidden, weight, actions, actions[:4])
+    with pytest.raises(ValueError, match=r"base_logits is bfloat16"):
+        cpu.residual_soft_value(logits, logits.bfloat16(), 1.0, 1.0)
+    with pytest.raises(ValueError, match="q_logits is .* strides .* neighbouring columns"):
+        cpu.residual_log_probs(torch.zeros(9, 4).T, logits, 1.0, 1.0)
+    with pytest.raises(ValueError, match="gradient is float64"):
+        cpu.residual_log_probs_bwd(logits, logits, 1.0, torch.float64)
+    with pytest.raises(ValueError, match=r"ends is"):
+        cpu.hidden_gradient(None, None, hidden[:, 0], weight, actions, actions, actions[::2], torch.float32)
+    with pytest.raises(ValueError, match="values is float64"):
+        numbers = torch.zeros(2)
+        cpu.preference_loss(numbers, numbers.double(), actions[:2], actions[:3], numbers[:1], numbers[:1], 1.0, 1.0)
+
+
+def test_indices_outside_touch_no_foreign_memory():
+    """What torch.compile cannot check: NaN forward, no gradient backward."""
+    hidden, weight = torch.ones(3, 4), torch.ones(5, 4)
+    far = 2**40
+    found = cpu.taken_value(hidden, weight, torch.tensor([0, -1, far, 4, 0]), torch.tensor([0, 1, 2, far, -3]))
+    assert found[0] == 4 and found[1:].isnan().all()
+    order, ends = torch.tensor([0, far, -7]), torch.tensor([-5, 1, far, 3])
+    actions = torch.tensor([0, 9, -9])
+    gradient = cpu.hidden_gradient(None, None, torch.ones(3), weight, actions, order, ends, torch.float32)
+    assert torch.equal(gradient, torch.tensor([[1.0], [0.0], [0.0]]).expand(3, 4))
+    rows, ends = torch.tensor([far, -far]), torch.tensor([0, 1, 2])
+    loss, *_ = cpu.preference_loss(torch.ones(2), torch.ones(3), rows, ends, torch.ones(1), torch.ones(1), 1.0, 1.0)
+    assert loss.isnan()
