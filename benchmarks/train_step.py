@@ -133,8 +133,8 @@ def read_batches(args: argparse.Namespace) -> tuple[list[list[Row]], int]:
     return [rows[args.pairs * i : args.pairs * (i + 1)] for i in range(args.rounds)], pad_id
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which pairs, in which micro-batches, on which model."""
     parser.add_argument("--data", required=True, help="preference pairs, one JSON object a line")
     parser.add_argument("--model", default="demo", help="folder or hub id; 'demo': the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--max-length", type=int, default=512, help="longest prompt + response in tokens")
@@ -142,14 +142,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="micro-batches; every method steps once on each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--json", type=Path, help="also write all numbers here")
-    # How the script calls itself.
-    parser.add_argument("--measure-memory", choices=[method.label for method in METHODS], help=argparse.SUPPRESS)
-    args = parser.parse_args()
+
+
+def resolve_model(args: argparse.Namespace) -> None:
+    """The folder of the demo's model in place of its name."""
     if args.model == "demo":
         from fastqadapter.demo.smollm import demo_model_folder
 
         args.model = str(demo_model_folder())
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    parser.add_argument("--json", type=Path, help="also write all numbers here")
+    # How the script calls itself.
+    parser.add_argument("--measure-memory", choices=[method.label for method in METHODS], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    resolve_model(args)
     return args
 
 

@@ -110,6 +110,27 @@ def test_any_shape_and_layout(isa: str):
     run()
 
 
+@pytest.mark.parametrize(("of_q", "of_b"), [(300.0, 0.0), (0.0, 300.0), (300.0, 300.0), (-300.0, 500.0), (90.0, -40.0)])
+@each_dtype
+def test_logits_that_rise_from_tile_to_tile(dtype: torch.dtype, of_q: float, of_b: float, isa: str):
+    """By so much that the running maximum of a part has to follow, of the scores, of the base logits, or of both."""
+    rows, vocab = 35, 7000
+    case = problem(rows=rows, vocab=vocab, size=6, dtype=dtype)
+    steps = torch.arange(rows)[:, None] % 3 - 1.0  # falling, level, rising
+    case.weight[:, 0] = torch.linspace(-1.0, 1.0, vocab)
+    case.hidden_q[:, :1], case.hidden_b[:, :1] = of_q * steps, of_b * steps
+    check(case)
+    logits = [(states.float() @ case.weight.float().T).to(dtype) for states in (case.hidden_q, case.hidden_b)]
+    for op in (ops.residual_soft_value, ops.residual_log_probs):
+
+        def run(backend: str, to: torch.dtype, op: Callable[..., Tensor] = op) -> Tensor:
+            q, b = (x.to(to) for x in logits)
+            return op(q, b, alpha_0=0.7, alpha_tilde=1.3, backend=backend)
+
+        three = run("cpu", dtype), run("eager", dtype), run("eager", torch.float64)
+        assert_close_to_truth(*three, name=op.__name__, dtype=dtype)
+
+
 @each_dtype
 def test_no_rows(dtype: torch.dtype, isa: str):
     empty, weight = torch.zeros(0, 6, dtype=dtype), torch.zeros(37, 6, dtype=dtype)

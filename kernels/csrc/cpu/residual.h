@@ -3,19 +3,32 @@
 // Columns at a time: the scores of a block stay in the first-level cache between its maximum and its sum.
 constexpr int64_t BLOCK = 2048;
 
-// Calls f(scores, base logits, first column, count) for each block of one row, with scores (q + alpha_0 b) / alpha_tilde.
-// Rows of the buffers are filled up to a multiple of LANES with -inf.
+// x is filled up to a multiple of LANES.
+FQA_INLINE float largest(const float* x, int64_t count) {
+    Floats found = broadcast(-INFINITE);
+    for (int64_t i = 0; i < count; i += LANES) found = maximum(found, load(x + i));
+    return maximum(found);
+}
+
+// Calls f(scores, b - level, first column, count) for each block of one row, with scores (q + alpha_0 (b - level)) /
+// alpha_tilde, filled up to a multiple of LANES with -inf. The level, the largest b of the first block, cancels in all
+// results, and keeps what is summed small however large the logits.
 template <class F>
 FQA_INLINE void each_block(const Matrix& q_logits, const Matrix& base_logits, int64_t row, int64_t vocab, float alpha_0,
                            float alpha_tilde, F f) {
-    float scores[BLOCK], base[BLOCK];
+    float scores[BLOCK], base[BLOCK], level = 0.0f;
     for (int64_t first = 0; first < vocab; first += BLOCK) {
         const int64_t count = smaller(BLOCK, vocab - first);
         load_row(q_logits, row, first, count, scores);
         load_row(base_logits, row, first, count, base);
-        for (int64_t i = 0; i < count; i += LANES)
-            store(scores + i, (load(scores + i) + alpha_0 * load(base + i)) / alpha_tilde);
         for (int64_t i = count; i < round_up(count, LANES); ++i) scores[i] = base[i] = -INFINITE;
+        if (first == 0) level = finite(largest(base, count));
+        for (int64_t i = 0; i < count; i += LANES) {
+            const Floats b = load(base + i) - level;
+            store(base + i, b);
+            store(scores + i, (load(scores + i) + alpha_0 * b) / alpha_tilde);
+        }
+        for (int64_t i = count; i < round_up(count, LANES); ++i) scores[i] = -INFINITE;  // not 0 * -inf
         f(scores, base, first, count);
     }
 }
@@ -26,11 +39,8 @@ struct BlockwiseLse {
     Floats total = {};
 
     void add(const float* x, int64_t count) {
-        Floats found = broadcast(shift);
-        for (int64_t i = 0; i < count; i += LANES) found = maximum(found, load(x + i));
-        const float raised = maximum(found);
+        const float found = largest(x, count), raised = found > shift ? found : shift, offset = finite(raised);
         const Floats step = exp(broadcast(raised > shift ? shift - raised : 0.0f));
-        const float offset = raised == -INFINITE ? 0.0f : raised;
         Floats terms[2] = {};
         for (int64_t i = 0; i < count; i += LANES) terms[i / LANES % 2] += exp(load(x + i) - offset);
         total = total * step + (terms[0] + terms[1]);
