@@ -16,8 +16,6 @@ from fastqadapter_kernels import cpu, native
 from tiny import PAIRS, make_twins, packed
 
 needs_library = pytest.mark.skipif(native.native_library() is None, reason="no native library: no C++ compiler found")
-    native.native_library() is None, reason="no native library: no C++ compiler was found"
-)
 SHAPE = (16, 6, 70)
 
 
