@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -131,6 +132,60 @@ def test_logits_that_rise_from_tile_to_tile(dtype: torch.dtype, of_q: float, of_
         assert_close_to_truth(*three, name=op.__name__, dtype=dtype)
 
 
+@st.composite
+def logit_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    rows, vocab, scale = draw(st.integers(1, 20)), draw(st.integers(1, 5000)), draw(st.sampled_from([1.0, 100.0]))
+    generator = torch.Generator().manual_seed(rows + vocab)
+    dtype = draw(st.sampled_from(DTYPES))
+    q, b = (scale * torch.randn(2, rows, vocab, generator=generator)).to(dtype)
+    return placed(q, draw(layouts)), placed(b, draw(layouts))
+
+
+@pytest.mark.parametrize("op", [ops.residual_soft_value, ops.residual_log_probs], ids=lambda op: op.__name__)
+def test_any_logits(op: Callable[..., Tensor], isa: str):
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
+    @given(logit_cases())
+    def run(case: tuple[Tensor, Tensor]) -> None:
+        def result(backend: str, dtype: torch.dtype) -> list[Tensor]:
+            q, b = (x if x.dtype == dtype else x.to(dtype) for x in case)
+            q = q.detach().requires_grad_()
+            found = op(q, b, alpha_0=0.7, alpha_tilde=1.3, backend=backend)
+            uneven = torch.linspace(-1.0, 2.0, found.numel()).reshape(found.shape)
+            return [found.detach(), *torch.autograd.grad((found * uneven).sum(), q)]
+
+        dtype = case[0].dtype
+        three = (result("cpu", dtype), result("eager", dtype), result("eager", torch.float64))
+        for name, *each in zip(("result", "gradient"), *three, strict=True):
+            assert_close_to_truth(*each, name=name, dtype=dtype)
+
+    run()
+
+
+def test_any_transitions(isa: str):
+    """Taken values and the gradient of the hidden states, with any number of transitions for each state."""
+
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
+    @given(cases(), st.integers(1, 300))
+    def run(case: Problem, transitions: int) -> None:
+        generator = torch.Generator().manual_seed(transitions)
+        states = torch.randint(len(case.hidden_q), (transitions,), generator=generator)
+        actions = torch.randint(len(case.weight), (transitions,), generator=generator)
+        params = ops.HeadParams(0.7, 1.3)
+
+        def result(backend: str, dtype: torch.dtype) -> list[Tensor]:
+            q = case.hidden_q.to(dtype).detach().requires_grad_()
+            b, w = case.hidden_b.to(dtype), case.weight.to(dtype)
+            value, _, taken = ops.state_action_values(q, b, w, params, states, actions, backend=backend)
+            return [taken.detach(), *torch.autograd.grad(taken.square().sum() + value.sum(), q)]
+
+        dtype = case.weight.dtype
+        three = (result("cpu", dtype), result("eager", dtype), result("eager", torch.float64))
+        for name, *each in zip(("taken", "gradient"), *three, strict=True):
+            assert_close_to_truth(*each, name=name, dtype=dtype)
+
+    run()
+
+
 @each_dtype
 def test_no_rows(dtype: torch.dtype, isa: str):
     empty, weight = torch.zeros(0, 6, dtype=dtype), torch.zeros(37, 6, dtype=dtype)
@@ -140,15 +195,14 @@ def test_no_rows(dtype: torch.dtype, isa: str):
     assert cpu.residual_log_probs(empty, empty, 1.0, 1.0).shape == (0, 6)
 
 
-def test_rows_beyond_one_pass(monkeypatch: pytest.MonkeyPatch):
-    """So many rows that they take several passes over the vocabulary."""
-    rows, size, vocab = 1300, 600, 2000  # 40 MiB hold 1100 rows of 8 parts of e
-    case = problem(rows=rows, vocab=vocab, size=size, dtype=torch.float32)
-    value, lse, expected = cpu.soft_value_and_gradient(*arguments(case))
-    for first in (0, 1040, 1290):
+def test_rows_beyond_one_pass():
+    """So many rows that they take three passes over the vocabulary: the scratch holds at most 1900 of this size."""
+    case = problem(rows=3700, vocab=2000, size=600, dtype=torch.float32)
+    whole = cpu.soft_value_and_gradient(*arguments(case))
+    for first in (0, *range(1200, 1300, 10), *range(2440, 2540, 10), 3690):
         few = Problem(case.hidden_q[first:][:10], case.hidden_b[first:][:10], case.weight, case.options)
-        for whole, part in zip((value, lse, expected), cpu.soft_value_and_gradient(*arguments(few)), strict=True):
-            assert torch.equal(whole[first:][:10], part)
+        for all_rows, some in zip(whole, cpu.soft_value_and_gradient(*arguments(few)), strict=True):
+            assert torch.equal(all_rows[first:][:10], some)
 
 
 def arguments(case: Problem) -> tuple[Any, ...]:
@@ -234,47 +288,70 @@ def test_several_python_threads_at_once(threads: Callable[[int], None]):
             assert all(map(torch.equal, expected, found))
 
 
-USE_OF_ALL_THREADS = """
-import os, sys, torch
-sys.path[:0] = sys.argv[1:]
+PREAMBLE = """
+import os, torch
+torch.set_num_threads(1)  # no pool before it is asked for
+logits, square = torch.randn(64, 5000), torch.randn(500, 500)
+import fastqadapter.ops
 from fastqadapter_kernels import cpu
 torch.set_num_threads(2)
-logits = torch.randn(64, 5000)
 def use():
     return cpu.residual_soft_value(logits, logits, 0.7, 1.3)[0]
-expected = use()
-torch.mm(torch.randn(500, 500), torch.randn(500, 500))
+def tasks():
+    return len(os.listdir("/proc/self/task"))
 """
 
 
 @on_linux
-def test_no_threads_beside_those_of_torch():
-    tasks = "len(os.listdir('/proc/self/task'))"
-    code = f"""{USE_OF_ALL_THREADS}
-before = {tasks}
-for _ in range(3):
-    use()
-print({tasks} - before)
+def test_threads_are_those_of_torch():
+    """One more for the first op, and then the same for a GEMM of torch."""
+    code = """
+before = tasks()
+use()
+of_op = tasks()
+torch.mm(square, square)
+print(of_op - before, tasks() - of_op)
+"""
+    assert run_python(PREAMBLE + code).split() == ["1", "0"]
+
+
+@on_linux
+def test_one_core_has_one_thread():
+    """`taskset -c 0`: torch counts one core, and so do the kernels."""
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})" + PREAMBLE.replace(
+        "torch.set_num_threads(2)", "torch.set_num_threads(len(os.sched_getaffinity(0)))"
+    )
+    code += """
+before = tasks()
+use()
+print(tasks() - before)
 """
     assert run_python(code).strip() == "0"
+    alone = "import os; os.sched_setaffinity(0, {0}); import torch; print(torch.get_num_threads())"
+    assert run_python(alone).strip() == "1"
 
 
 @on_linux
-def test_forked_child_neither_hangs_nor_differs():
-    """The pool's threads do not survive a fork: with them a child would wait for ever."""
-    code = f"""{USE_OF_ALL_THREADS}
+@pytest.mark.parametrize("first", ["use()", "torch.mm(square, square)"], ids=["op", "GEMM of torch"])
+def test_forked_child_neither_hangs_nor_differs(first: str):
+    """The pool's threads do not survive a fork: with them a child would wait for ever, the first to use an op too."""
+    code = f"""
+{first}
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(use(), expected) else 1)
-assert torch.equal(use(), expected)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    torch.save(use(), os.environ["RESULT"])
+    os._exit(0)
+os.waitpid(child, 0)
+print(torch.equal(use(), torch.load(os.environ["RESULT"])))
 """
-    assert run_python(code).strip() == "0"
+    with tempfile.NamedTemporaryFile() as file:
+        assert run_python(PREAMBLE + code, RESULT=file.name).strip() == "True"
 
 
 @on_linux
 def test_dataloader_worker():
-    code = f"""{USE_OF_ALL_THREADS}
+    code = f"""{PREAMBLE}
+expected = use()
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
         return 4
@@ -358,6 +435,8 @@ def test_wrong_rows_and_logits_are_refused():
         cpu.residual_log_probs_bwd(logits, logits, 1.0, torch.float64)
     with pytest.raises(ValueError, match=r"ends is"):
         cpu.hidden_gradient(None, None, hidden[:, 0], weight, actions, actions, actions[::2], torch.float32)
+    with pytest.raises(ValueError, match="grad_value and expected come together"):
+        cpu.hidden_gradient(None, hidden, hidden[:, 0], weight, actions, actions, torch.arange(6), torch.float32)
     with pytest.raises(ValueError, match="values is float64"):
         numbers = torch.zeros(2)
         cpu.preference_loss(numbers, numbers.double(), actions[:2], actions[:3], numbers[:1], numbers[:1], 1.0, 1.0)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastqadapter_kernels import native  # before any fork: see there
+
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("triton", "cpu", "torch", "eager")
@@ -153,8 +155,6 @@ def _no_triton() -> str | None:
 
 
 def _no_native_kernels() -> str | None:
-    from fastqadapter_kernels import native
-
     try:
         missing = native.cpu_isa() == "none"
     except ValueError as error:  # of an environment variable

@@ -111,13 +111,15 @@ def _matrix(name: str, tensor: Tensor, rows: int, columns: int, dtype: torch.dty
     return _Matrix(tensor.data_ptr(), *tensor.stride(), _DTYPES[tensor.dtype])
 
 
-def _vector(name: str, tensor: Tensor | None, length: int, dtype: torch.dtype = torch.float32) -> int | None:
+def _vector(name: str, tensor: Tensor, length: int, dtype: torch.dtype = torch.float32) -> int:
     """The address of a contiguous vector."""
-    if tensor is None:
-        return None
     if not _on_cpu(tensor) or tuple(tensor.shape) != (length,) or tensor.dtype != dtype or not tensor.is_contiguous():
         raise _refuse(name, tensor, f"contiguous {str(dtype).removeprefix('torch.')} ({length},) on cpu")
     return tensor.data_ptr()
+
+
+def _vector_or_none(name: str, tensor: Tensor | None, length: int, dtype: torch.dtype = torch.float32) -> int | None:
+    return None if tensor is None else _vector(name, tensor, length, dtype)
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -157,7 +159,8 @@ def _soft_value(
     call = _SoftValueCall(
         _matrix("hidden_q", hidden_q, rows, size), _matrix("hidden_b", hidden_b, rows, size),
         _matrix("weight", weight, vocab, size), rows, size, vocab,
-        _vector("bias_b", bias_b, vocab), _vector("bias_q", bias_q, vocab), _vector("base_lse", base_lse, rows),
+        _vector_or_none("bias_b", bias_b, vocab), _vector_or_none("bias_q", bias_q, vocab),
+        _vector_or_none("base_lse", base_lse, rows),
         alpha_0, alpha_tilde, logit_scale, softcap or 0.0, difference,
         value.data_ptr(), lse.data_ptr(), None if expected is None else expected.data_ptr(),
     )  # fmt: skip
@@ -220,8 +223,8 @@ def taken_value(
     value = _per_row(transitions)
     call = _TakenValueCall(
         _matrix("hidden", hidden, rows, size), _matrix("weight", weight, vocab, size), rows, size, vocab, transitions,
-        _vector("states", states, transitions, torch.int64), _vector("actions", actions, transitions, torch.int64),
-        value.data_ptr(),
+        _vector_or_none("states", states, transitions, torch.int64),
+        _vector("actions", actions, transitions, torch.int64), value.data_ptr(),
     )  # fmt: skip
     _function("fqa_taken_value")(ctypes.byref(call), torch.get_num_threads())
     return value
@@ -240,6 +243,8 @@ def hidden_gradient(
     """`g_v e + sum g_x W[a]` over the transitions of each state."""
     (vocab, size), rows, transitions = weight.shape, ends.shape[0] - 1, actions.shape[0]
     gradient = torch.empty((rows, size), dtype=dtype, device="cpu")
+    if (grad_value is None) != (expected is None):
+        raise ValueError("grad_value and expected come together: one of them is None")
     if expected is not None:
         _matrix("expected", expected, rows, size, torch.float32)
         expected = expected.contiguous()
@@ -247,7 +252,7 @@ def hidden_gradient(
     call = _HiddenGradientCall(
         _matrix("weight", weight, vocab, size), rows, size, vocab, transitions,
         _vector("actions", actions, transitions, torch.int64), _vector("order", order, transitions, torch.int64),
-        _vector("ends", ends, rows + 1, torch.int64), _vector("grad_value", grad_value, rows),
+        _vector("ends", ends, rows + 1, torch.int64), _vector_or_none("grad_value", grad_value, rows),
         None if expected is None else expected.data_ptr(), _vector("grad_taken", grad_taken, transitions),
         gradient.data_ptr(), _matrix("gradient", gradient, rows, size).dtype,
     )  # fmt: skip
@@ -268,7 +273,7 @@ def residual_soft_value(
     base_logits: Tensor,  # (N, V), neighbouring columns
     alpha_0: float,
     alpha_tilde: float,
-) -> tuple[Tensor, Tensor]:  # v (N,), lse of the scores (N,), fp32
+) -> tuple[Tensor, Tensor]:  # v (N,), lse (N,) for the backward pass alone, fp32
     rows, vocab = q_logits.shape
     value, lse = _per_row(rows), _per_row(rows)
     call = _ResidualCall(

@@ -19,8 +19,11 @@ ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 ENVIRONMENT_VARIABLE = "FASTQADAPTER_CPU_ISA"
 ABI_VERSION = 1  # of kernels/csrc/cpu/api.h
 
-# CMake's names of one module library on Linux and macOS, and on Windows.
-_FILE_NAMES = ("libfastqadapter_cpu.so", "fastqadapter_cpu.dll")
+# CMake's names of one module library on Linux and macOS, and on Windows with GCC and with Clang.
+_FILE_NAMES = ("libfastqadapter_cpu.so", "libfastqadapter_cpu.dll", "fastqadapter_cpu.dll")
+
+# Where the threads of torch's pool are. A child forked later may be the first to load the library.
+_HOME_PROCESS = os.getpid()
 
 
 def library_path() -> Path | None:
@@ -50,6 +53,7 @@ def native_library() -> ctypes.CDLL | None:
         return None
     library.fqa_detected_isa.restype = ctypes.c_char_p
     library.fqa_isa.restype = ctypes.c_char_p
+    library.fqa_set_home_process(ctypes.c_int64(_HOME_PROCESS))
     return library
 
 
@@ -89,8 +93,3 @@ def set_cpu_isa(isa: str) -> str:
     if library is not None:
         library.fqa_set_isa(isa.encode())
     return cpu_isa()
-
-
-def has_avx512_bf16() -> bool:
-    """Whether the native kernels use the AVX-512 dot product of bf16 pairs."""
-    return cpu_isa() == "avx512_bf16"

@@ -7,15 +7,12 @@ same kernels. A second derivative raises, it is never silently incomplete.
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
+
+_LAUNCHERS = {"cpu": "fastqadapter_kernels.cpu", "triton": "fastqadapter_kernels.triton.launchers"}
 
 
 def kernels_of(backend: str) -> ModuleType:
     """The launchers of all ops on `backend`."""
-    if backend == "cpu":
-        from fastqadapter_kernels import cpu
-
-        return cpu
-    from fastqadapter_kernels.triton import launchers
-
-    return launchers
+    return importlib.import_module(_LAUNCHERS[backend])

@@ -10,7 +10,9 @@ const Level& level() {
 #if defined(FQA_X86_LEVELS)
     switch (isa()) {
         case Isa::avx512_bf16:
+#if defined(FQA_X86_BF16_LEVEL)
             return avx512_bf16_level;
+#endif
         case Isa::avx512:
             return avx512_level;
         case Isa::avx2:

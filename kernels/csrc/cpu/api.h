@@ -70,7 +70,7 @@ struct ResidualCall {
     int64_t rows, vocab;
     float alpha_0, alpha_tilde;
     float* value;  // (N,), or (N, V) log-probs
-    float* lse;    // (N,) of the scores, for the backward pass of the value
+    float* lse;    // (N,) of the scores as the backward pass forms them: it alone can use it
 };
 
 struct ResidualBackwardCall {
@@ -106,6 +106,8 @@ FQA_EXPORT int fqa_abi_version();
 FQA_EXPORT const char* fqa_detected_isa();
 FQA_EXPORT const char* fqa_isa();
 FQA_EXPORT void fqa_set_isa(const char* name);
+// The process whose threads torch's pool has; a forked child has others.
+FQA_EXPORT void fqa_set_home_process(int64_t id);
 
 // 0, or 1 where there is no memory for its scratch.
 FQA_EXPORT int fqa_soft_value(const fqa::SoftValueCall* call, int threads);
@@ -116,5 +118,6 @@ FQA_EXPORT void fqa_residual_log_probs(const fqa::ResidualCall* call, int thread
 FQA_EXPORT void fqa_residual_soft_value_bwd(const fqa::ResidualBackwardCall* call, int threads);
 FQA_EXPORT void fqa_residual_log_probs_bwd(const fqa::ResidualBackwardCall* call, int threads);
 FQA_EXPORT void fqa_preference_loss(const fqa::PreferenceLossCall* call);
+// For the tests of the library.
 FQA_EXPORT void fqa_exp(const float* x, float* y, int64_t count);
 FQA_EXPORT void fqa_tanh(const float* x, float* y, int64_t count);

@@ -37,7 +37,7 @@ struct Bf16Pairs {
         int64_t i = 0;
         for (; i + LANES <= count; i += LANES) store(elements + i, load(x + i));
         if (i < count) store_first(elements + i, count - i, load_first(x + i, count - i, 0.0f));
-        if (count % 2 != 0) elements[count] = Bf16{0};
+        if (count % 2 != 0) write(elements + count, Bf16{0});
     }
 
     static void load_words(const Matrix& matrix, int64_t row, int64_t count, float* words) {
@@ -46,8 +46,8 @@ struct Bf16Pairs {
         if (matrix.column_stride == 1)
             __builtin_memcpy(elements, source, count * sizeof(Bf16));
         else
-            for (int64_t i = 0; i < count; ++i) elements[i] = source[i * matrix.column_stride];
-        if (count % 2 != 0) elements[count] = Bf16{0};
+            for (int64_t i = 0; i < count; ++i) write(elements + i, source[i * matrix.column_stride]);
+        if (count % 2 != 0) write(elements + count, Bf16{0});
     }
 
     // Two rows, each element of the first below that of the second.

@@ -41,7 +41,10 @@ Isa detected_isa() {
     if (!(FQA_CPU_SUPPORTS("avx512f") && FQA_CPU_SUPPORTS("avx512bw") && FQA_CPU_SUPPORTS("avx512dq") &&
           FQA_CPU_SUPPORTS("avx512vl")))
         return Isa::avx2;
-    return FQA_CPU_SUPPORTS("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+#if defined(FQA_X86_BF16_LEVEL)
+    if (FQA_CPU_SUPPORTS("avx512bf16")) return Isa::avx512_bf16;
+#endif
+    return Isa::avx512;
 }
 
 Isa isa() { return chosen_isa().load(std::memory_order_relaxed); }

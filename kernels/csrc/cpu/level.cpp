@@ -21,13 +21,17 @@ namespace {
 
 #include "vec.h"
 
-#include "math.h"
+#include "vec_math.h"
 
 #include "scratch.h"
 
 #include "gemm.h"
 
 #include "online_softmax.h"
+
+#include "soft_value_pass.h"
+
+#include "soft_value_sweep.h"
 
 #include "soft_value.h"
 

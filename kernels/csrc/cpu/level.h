@@ -20,7 +20,10 @@ struct Level {
 
 extern const Level generic_level;
 #if defined(FQA_X86_LEVELS)
-extern const Level avx2_level, avx512_level, avx512_bf16_level;
+extern const Level avx2_level, avx512_level;
+#endif
+#if defined(FQA_X86_BF16_LEVEL)
+extern const Level avx512_bf16_level;
 #endif
 
 }  // namespace fqa

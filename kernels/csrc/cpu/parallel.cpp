@@ -1,9 +1,11 @@
 #include "parallel.h"
 
 #include <atomic>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
+
+#include "api.h"
 
 #if defined(__linux__)
 #include <dlfcn.h>
@@ -27,9 +29,7 @@ void join(void* data) {
     for (int64_t item; (item = team.next_item++) < team.items;) team.work(team.context, item, worker);
 }
 
-#if defined(__linux__)
-const pid_t home = getpid();
-#endif
+std::atomic<int64_t> home_process{-1};
 
 using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
@@ -39,7 +39,7 @@ OpenMpParallel torch_openmp() {
 #if defined(__linux__)
     static const auto entry = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     // A forked child has no threads in its copy of the pool: it would wait for them for ever.
-    return getpid() == home ? entry : nullptr;
+    return getpid() == home_process ? entry : nullptr;
 #else
     return nullptr;
 #endif
@@ -54,11 +54,14 @@ void parallel_for(int64_t items, int threads, Work work, void* context) {
     if (const OpenMpParallel parallel = torch_openmp()) return parallel(join, &team, static_cast<unsigned>(threads), 0);
     std::vector<std::thread> others;
     try {
+        others.reserve(threads);
         while (static_cast<int>(others.size()) + 1 < threads) others.emplace_back(join, &team);
-    } catch (const std::system_error&) {  // no more threads to be had: those that there are do the work
+    } catch (const std::exception&) {  // no more threads, or no memory for them: those that there are do the work
     }
     join(&team);
     for (std::thread& other : others) other.join();
 }
 
 }  // namespace fqa
+
+void fqa_set_home_process(int64_t id) { fqa::home_process = id; }

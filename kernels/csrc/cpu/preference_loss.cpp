@@ -55,7 +55,7 @@ double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::
 double pair_loss(const PreferenceLossCall& call, int64_t pair) {
     const int64_t first = call.branch_ends[2 * pair], middle = call.branch_ends[2 * pair + 1],
                   last = call.branch_ends[2 * pair + 2];
-    // Ends that do not rise from 0 to M: the caller checks them, but cannot under torch.compile.
+    // Ends that fall, or lie outside: the caller checks them, but cannot under torch.compile.
     if (!(0 <= first && first <= middle && middle <= last && last <= call.transitions)) {
         for (int metric = PREF_LOSS; metric <= VALUES; ++metric)
             call.metrics[metric * call.pairs + pair] = static_cast<float>(not_a_number);

@@ -10,25 +10,29 @@ FQA_INLINE float largest(const float* x, int64_t count) {
     return maximum(found);
 }
 
+FQA_INLINE void load_block(const Matrix& logits, int64_t row, int64_t first, int64_t count, float* out) {
+    load_row(logits, row, first, count, out);
+    for (int64_t i = count; i < round_up(count, LANES); ++i) out[i] = -INFINITE;
+}
+
 // Calls f(scores, b - level, first column, count) for each block of one row, with scores (q + alpha_0 (b - level)) /
-// alpha_tilde, filled up to a multiple of LANES with -inf. The level, the largest b of the first block, cancels in all
-// results, and keeps what is summed small however large the logits.
+// alpha_tilde, both filled up to a multiple of LANES with -inf. The level, the largest b of the first block, cancels in
+// all results, and keeps what is summed small however large the logits.
 template <class F>
 FQA_INLINE void each_block(const Matrix& q_logits, const Matrix& base_logits, int64_t row, int64_t vocab, float alpha_0,
                            float alpha_tilde, F f) {
     float scores[BLOCK], base[BLOCK], level = 0.0f;
     for (int64_t first = 0; first < vocab; first += BLOCK) {
         const int64_t count = smaller(BLOCK, vocab - first);
+        load_block(base_logits, row, first, count, base);
         load_row(q_logits, row, first, count, scores);
-        load_row(base_logits, row, first, count, base);
-        for (int64_t i = count; i < round_up(count, LANES); ++i) scores[i] = base[i] = -INFINITE;
         if (first == 0) level = finite(largest(base, count));
         for (int64_t i = 0; i < count; i += LANES) {
             const Floats b = load(base + i) - level;
             store(base + i, b);
             store(scores + i, (load(scores + i) + alpha_0 * b) / alpha_tilde);
         }
-        for (int64_t i = count; i < round_up(count, LANES); ++i) scores[i] = -INFINITE;  // not 0 * -inf
+        for (int64_t i = count; i < round_up(count, LANES); ++i) scores[i] = -INFINITE;  // alpha_0 may be 0
         f(scores, base, first, count);
     }
 }
@@ -74,11 +78,8 @@ static void residual_log_probs(const ResidualCall& call, int threads) {
                    });
         const float lse = of_scores.result();
         for (int64_t i = 0; i < call.vocab; i += LANES) {
-            const int64_t rest = smaller(LANES, call.vocab - i);
-            if (rest == LANES)
-                store(out + i, load(out + i) - lse);
-            else
-                store_first(out + i, rest, load_first(out + i, rest, 0.0f) - lse);
+            const int64_t count = smaller(LANES, call.vocab - i);
+            store_first(out + i, count, load_first(out + i, count, 0.0f) - lse);
         }
     });
 }

@@ -111,9 +111,10 @@ FQA_INLINE void store(float* p, Floats x) { write(p, x); }
 FQA_INLINE void store(Bf16* p, Floats x) { write(p, narrow(x, Bf16{})); }
 FQA_INLINE void store(Half* p, Floats x) { write(p, narrow(x, Half{})); }
 
-// The first `count` < LANES elements; the other lanes are `rest`.
+// The first `count` <= LANES elements; the other lanes are `rest`.
 template <class T>
 FQA_INLINE Floats load_first(const T* p, int64_t count, float rest) {
+    if (count == LANES) return load(p);
     T elements[LANES] = {};
     __builtin_memcpy(elements, p, count * sizeof(T));
     Floats x = load(elements);
@@ -123,6 +124,7 @@ FQA_INLINE Floats load_first(const T* p, int64_t count, float rest) {
 
 template <class T>
 FQA_INLINE void store_first(T* p, int64_t count, Floats x) {
+    if (count == LANES) return store(p, x);
     T elements[LANES];
     store(elements, x);
     __builtin_memcpy(p, elements, count * sizeof(T));
@@ -143,24 +145,19 @@ FQA_INLINE void load_row(const Matrix& matrix, int64_t row, int64_t first, int64
         const T* p = static_cast<const T*>(matrix.data) + row * matrix.row_stride + first * matrix.column_stride;
         const int64_t step = matrix.column_stride;
         for (int64_t i = 0; i < count; i += LANES) {
-            const int64_t rest = smaller(LANES, count - i);
+            const int64_t found = smaller(LANES, count - i);
             T elements[LANES] = {};
             if (step != 1)
-                for (int64_t lane = 0; lane < rest; ++lane) elements[lane] = p[(i + lane) * step];
-            store(out + i, step != 1 ? load(elements) : rest == LANES ? load(p + i) : load_first(p + i, rest, 0.0f));
+                for (int64_t lane = 0; lane < found; ++lane) elements[lane] = p[(i + lane) * step];
+            store(out + i, step == 1 ? load_first(p + i, found, 0.0f) : load(elements));
         }
     });
 }
 
-// The first `count` elements as a row of `dtype` at `column` of a matrix whose columns are neighbours.
+// `count` floats as elements [first, first + count) of a row of `dtype`.
 FQA_INLINE void store_row(void* row, Dtype dtype, int64_t first, int64_t count, const float* x) {
     with_type(dtype, [&](auto zero) {
         decltype(zero)* out = static_cast<decltype(zero)*>(row) + first;
-        for (int64_t i = 0; i < count; i += LANES) {
-            if (i + LANES <= count)
-                store(out + i, load(x + i));
-            else
-                store_first(out + i, count - i, load(x + i));
-        }
+        for (int64_t i = 0; i < count; i += LANES) store_first(out + i, smaller(LANES, count - i), load(x + i));
     });
 }
