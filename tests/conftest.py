@@ -18,6 +18,14 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(autouse=True)
+def usable_backend(request: pytest.FixtureRequest) -> None:
+    """Skip what asks for a backend that this installation has not: Triton, or the native library."""
+    backend = getattr(getattr(request.node, "callspec", None), "params", {}).get("backend")
+    if backend in ("triton", "cpu") and (reason := importlib.import_module("fastqadapter.ops").backends()[backend]):
+        pytest.skip(f"no backend {backend} here: {reason}")
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Every uninitialised tensor is filled with NaN (or the largest integer), so that a read before a write shows."""

@@ -55,7 +55,7 @@ def test_other_tensors_are_refused_by_name(tensor: torch.Tensor, reason: str):
 
 
 @needs_library
-def test_other_differentiation_is_refused_by_name():
+def test_other_differentiation_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     """The kernels have a backward pass alone; without a word they would pass for constants. `auto` goes on."""
     hidden_q = problem(dtype=torch.float32).hidden_q
     with pytest.raises(ValueError, match="backend='cpu' cannot serve soft_value: it has no torch.func transforms"):
@@ -64,6 +64,9 @@ def test_other_differentiation_is_refused_by_name():
         dual = torch.autograd.forward_ad.make_dual(hidden_q, torch.ones_like(hidden_q))
         with pytest.raises(ValueError, match="it has no forward-mode derivative"):
             soft_value("cpu", hidden_q=dual)
+    monkeypatch.delenv("FASTQADAPTER_BACKEND", raising=False)
+    gradient = torch.func.grad(lambda q: soft_value("auto", hidden_q=q).sum())(hidden_q)
+    assert torch.equal(gradient, torch.func.grad(lambda q: soft_value("eager", hidden_q=q).sum())(hidden_q))
 
 
 def test_missing_library_is_refused_by_name_and_auto_goes_on(
@@ -73,7 +76,7 @@ def test_missing_library_is_refused_by_name_and_auto_goes_on(
     monkeypatch.setattr(native, "library_path", lambda: None)
     caplog.set_level(logging.INFO, logger="fastqadapter")
     backends._log_refusal_once.cache_clear()
-    reason = "its native library is missing: `fastqadapter env` says how to add it"
+    reason = "its native library is missing or cannot be used: `fastqadapter env` says what to do"
     assert ops.backends()["cpu"] == reason
     with pytest.raises(ValueError, match=f"backend='cpu' cannot serve soft_value: {reason}"):
         soft_value("cpu")

@@ -132,6 +132,26 @@ def test_logits_that_rise_from_tile_to_tile(dtype: torch.dtype, of_q: float, of_
         assert_close_to_truth(*three, name=op.__name__, dtype=dtype)
 
 
+@pytest.mark.parametrize(("logit", "alpha_tilde"), [(1e4, 1.0), (1234.5, 1e-3), (3e4, 0.01), (1e30, 1.0)])
+def test_equal_logits_have_equal_probabilities_however_large(logit: float, alpha_tilde: float, isa: str):
+    q = torch.full((2, 3), logit, requires_grad=True)
+    log_probs = ops.residual_log_probs(q, torch.zeros(2, 3), alpha_0=1.0, alpha_tilde=alpha_tilde, backend="cpu")
+    torch.testing.assert_close(log_probs.exp(), torch.full((2, 3), 1 / 3), rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(log_probs[:, 0].sum(), q)
+    expected = torch.tensor([2 / 3, -1 / 3, -1 / 3]).expand(2, 3) / alpha_tilde
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
+
+
+def test_known_lse_does_not_overflow_fp16():
+    """d + alpha_0 h_b is 102000 here, beyond fp16."""
+    hidden_q, hidden_b = torch.full((2, 1, 8), 2000.0).half() * torch.tensor([1, 10])[:, None, None]
+    weight = (1e-3 * torch.randn(5, 8, generator=torch.Generator().manual_seed(0))).half()
+    alphas = {"alpha_0": 5.0, "alpha_tilde": 1.0}
+    value, lse = ops.soft_value(hidden_q, hidden_b, weight, **alphas, return_base_lse=True, backend="cpu")
+    cached = ops.soft_value(hidden_q, hidden_b, weight, **alphas, base_lse=lse, backend="cpu")
+    torch.testing.assert_close(cached, value, rtol=1e-4, atol=1e-4)
+
+
 @st.composite
 def logit_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     rows, vocab, scale = draw(st.integers(1, 20)), draw(st.integers(1, 5000)), draw(st.sampled_from([1.0, 100.0]))
@@ -435,6 +455,8 @@ def test_wrong_rows_and_logits_are_refused():
         cpu.residual_log_probs_bwd(logits, logits, 1.0, torch.float64)
     with pytest.raises(ValueError, match=r"ends is"):
         cpu.hidden_gradient(None, None, hidden[:, 0], weight, actions, actions, actions[::2], torch.float32)
+    with pytest.raises(ValueError, match="actions is float32 .* int64 or int32"):
+        cpu.taken_value(hidden, weight, actions.float())
     with pytest.raises(ValueError, match="grad_value and expected come together"):
         cpu.hidden_gradient(None, hidden, hidden[:, 0], weight, actions, actions, torch.arange(6), torch.float32)
     with pytest.raises(ValueError, match="values is float64"):

@@ -118,7 +118,7 @@ def _triton_refusal(*args: Any) -> str | None:
                 return "it needs a GPU of compute capability 8.0 or higher"
         elif tensor.device.type != "cpu" or not _interpreted():
             return f"it needs tensors on a CUDA or ROCm GPU, these are on {tensor.device}"
-    return _other_differentiation(args)
+    return other_differentiation(*args)
 
 
 def _cpu_refusal(*args: Any) -> str | None:
@@ -127,7 +127,7 @@ def _cpu_refusal(*args: Any) -> str | None:
     for tensor in _tensors(args):
         if tensor.device.type != "cpu":
             return f"it needs tensors on the CPU, these are on {tensor.device}"
-    return _other_differentiation(args)
+    return other_differentiation(*args)
 
 
 def _float64(args: tuple[Any, ...]) -> str | None:
@@ -135,8 +135,8 @@ def _float64(args: tuple[Any, ...]) -> str | None:
     return "its kernels compute in float32, not in torch.float64" if wide else None
 
 
-def _other_differentiation(args: tuple[Any, ...]) -> str | None:
-    """The operators have a backward pass alone, and would let everything else pass as a constant."""
+def other_differentiation(*args: Any) -> str | None:
+    """Why a call cannot be served by what has a backward pass alone: it would let all else pass as a constant."""
     if torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():
@@ -159,7 +159,7 @@ def _no_native_kernels() -> str | None:
         missing = native.cpu_isa() == "none"
     except ValueError as error:  # of an environment variable
         return str(error)
-    return "its native library is missing: `fastqadapter env` says how to add it" if missing else None
+    return "its native library is missing or cannot be used: `fastqadapter env` says what to do" if missing else None
 
 
 # As torch.compiler.assume_constant_result marks a function; calling that would import all of torch._dynamo.

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastqadapter.ops import checks
-from fastqadapter.ops.backends import Implementation, choose, fused_implementations
+from fastqadapter.ops.backends import Implementation, choose, fused_implementations, other_differentiation
 from fastqadapter.ops.derivative import first_derivative
 
 # Sizes of one tile of scores: large enough for the GEMM to run at full speed, small enough for its fp32 copy to stay
@@ -255,7 +255,7 @@ def _fused(*args: Any) -> tuple[Tensor, Tensor]:
 
 IMPLEMENTATIONS = {
     **fused_implementations("soft_value", _fused),
-    "torch": Implementation(soft_value_tiled),
+    "torch": Implementation(soft_value_tiled, other_differentiation),
     "eager": Implementation(soft_value_ref),
 }
 

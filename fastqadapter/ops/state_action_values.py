@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastqadapter.ops import checks
-from fastqadapter.ops.backends import Implementation, choose, fused_implementations
+from fastqadapter.ops.backends import Implementation, choose, fused_implementations, other_differentiation
 from fastqadapter.ops.soft_value import HeadParams, check_states, soft_value_ref, soft_value_tiled
 from fastqadapter.ops.taken_value import taken_value_ref
 
@@ -51,7 +51,7 @@ def _fused(*args: Any) -> Values:
 
 IMPLEMENTATIONS = {
     **fused_implementations("state_action_values", _fused),
-    "torch": Implementation(state_action_values_tiled),
+    "torch": Implementation(state_action_values_tiled, other_differentiation),
     "eager": Implementation(state_action_values_ref),
 }
 

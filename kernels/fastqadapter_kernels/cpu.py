@@ -122,10 +122,17 @@ def _vector_or_none(name: str, tensor: Tensor | None, length: int, dtype: torch.
     return None if tensor is None else _vector(name, tensor, length, dtype)
 
 
+def _index(name: str, index: Tensor) -> Tensor:
+    """int64 of int64 or int32."""
+    if index.dtype not in (torch.int64, torch.int32):
+        raise _refuse(name, index, "int64 or int32")
+    return index.long()
+
+
 def _function(name: str) -> Callable[..., Any]:
     library = native_library()
     if library is None:
-        raise RuntimeError("the native CPU library is missing: see `fastqadapter env` for how to add it")
+        raise RuntimeError("the native CPU library is missing or cannot be used: `fastqadapter env` says what to do")
     return getattr(library, name)
 
 
@@ -161,7 +168,7 @@ def _soft_value(
         _matrix("weight", weight, vocab, size), rows, size, vocab,
         _vector_or_none("bias_b", bias_b, vocab), _vector_or_none("bias_q", bias_q, vocab),
         _vector_or_none("base_lse", base_lse, rows),
-        alpha_0, alpha_tilde, logit_scale, softcap or 0.0, difference,
+        alpha_0, alpha_tilde, logit_scale, float("inf") if softcap is None else softcap, difference,
         value.data_ptr(), lse.data_ptr(), None if expected is None else expected.data_ptr(),
     )  # fmt: skip
     if _function("fqa_soft_value")(ctypes.byref(call), torch.get_num_threads()) != 0:
@@ -219,7 +226,7 @@ def taken_value(
 ) -> Tensor:  # (M,) fp32; NaN for an action outside the vocabulary, or a state outside
     """`W[a_t] . hidden[s_t]`."""
     (rows, size), vocab, transitions = hidden.shape, weight.shape[0], actions.shape[0]
-    actions, states = actions.long(), None if states is None else states.long()
+    actions, states = _index("actions", actions), None if states is None else _index("states", states)
     value = _per_row(transitions)
     call = _TakenValueCall(
         _matrix("hidden", hidden, rows, size), _matrix("weight", weight, vocab, size), rows, size, vocab, transitions,
@@ -248,7 +255,7 @@ def hidden_gradient(
     if expected is not None:
         _matrix("expected", expected, rows, size, torch.float32)
         expected = expected.contiguous()
-    actions, order, ends = actions.long(), order.long(), ends.long()
+    actions, order, ends = _index("actions", actions), _index("order", order), _index("ends", ends)
     call = _HiddenGradientCall(
         _matrix("weight", weight, vocab, size), rows, size, vocab, transitions,
         _vector("actions", actions, transitions, torch.int64), _vector("order", order, transitions, torch.int64),
@@ -351,7 +358,7 @@ def preference_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (), (8, B), (M,), (S,)
     """Loss, metrics in the order of METRICS, and gradients. One thread: it takes microseconds."""
     transitions, rows, pairs = q_taken.shape[0], values.shape[0], divisor.shape[0]
-    value_rows, branch_ends = value_rows.long(), branch_ends.long()
+    value_rows, branch_ends = _index("value_rows", value_rows), _index("branch_ends", branch_ends)
     divisor, squares_divisor = divisor.float(), squares_divisor.float()
     loss = torch.empty((), dtype=torch.float32, device="cpu")
     metrics = torch.empty((len(METRICS), pairs), dtype=torch.float32, device="cpu")

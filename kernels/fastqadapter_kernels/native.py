@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 ENVIRONMENT_VARIABLE = "FASTQADAPTER_CPU_ISA"
-ABI_VERSION = 1  # of kernels/csrc/cpu/api.h
+ABI_VERSION = 2  # of kernels/csrc/cpu/api.h
 
 # CMake's names of one module library on Linux and macOS, and on Windows with GCC and with Clang.
 _FILE_NAMES = ("libfastqadapter_cpu.so", "libfastqadapter_cpu.dll", "fastqadapter_cpu.dll")

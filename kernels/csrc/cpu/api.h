@@ -14,7 +14,7 @@
 
 namespace fqa {
 
-constexpr int ABI_VERSION = 1;
+constexpr int ABI_VERSION = 2;
 
 enum class Dtype : int32_t { float32, bfloat16, float16 };
 
@@ -35,7 +35,7 @@ struct SoftValueCall {
     const float* bias_q;    // (V,) or null
     const float* base_lse;  // (N,), or null where it is to be found
     float alpha_0, alpha_tilde, logit_scale;
-    float softcap;       // 0: none
+    float softcap;       // infinity: none
     int32_t difference;  // with a soft-cap: q = capped logits of hidden_q - capped base logits
     float* value;        // (N,)
     float* lse;          // (N,) of the base logits

@@ -50,6 +50,7 @@ struct MergedSum {
         return shift_of_part == shift && shift < INFINITE ? 1.0f : __builtin_expf(shift_of_part - shift);
     }
 
-    float log_total() const { return __builtin_logf(total); }
-    float log() const { return shift + log_total(); }
+    // In float64, for the difference that is taken of two of them.
+    double log_total() const { return __builtin_log(total); }
+    double log() const { return shift + log_total(); }
 };

@@ -51,7 +51,8 @@ struct BlockwiseLse {
         shift = raised;
     }
 
-    float result() const { return shift + __builtin_logf(sum(total)); }
+    double log_total() const { return __builtin_log(sum(total)); }
+    double result() const { return shift + log_total(); }
 };
 
 static void residual_soft_value(const ResidualCall& call, int threads) {
@@ -62,8 +63,9 @@ static void residual_soft_value(const ResidualCall& call, int threads) {
                        of_scores.add(scores, count);
                        of_base.add(base, count);
                    });
-        call.lse[row] = of_scores.result();
-        call.value[row] = call.alpha_tilde * of_scores.result() - call.alpha_0 * of_base.result();
+        call.lse[row] = static_cast<float>(of_scores.result());
+        call.value[row] =
+            static_cast<float>(call.alpha_tilde * of_scores.result() - call.alpha_0 * of_base.result());
     });
 }
 
@@ -76,10 +78,11 @@ static void residual_log_probs(const ResidualCall& call, int threads) {
                        of_scores.add(scores, count);
                        store_row(out, Dtype::float32, first, count, scores);
                    });
-        const float lse = of_scores.result();
+        // Not their sum: scores of 10^4 would swallow the digits of the logarithm.
+        const float shift = finite(of_scores.shift), log_total = static_cast<float>(of_scores.log_total());
         for (int64_t i = 0; i < call.vocab; i += LANES) {
             const int64_t count = smaller(LANES, call.vocab - i);
-            store_first(out + i, count, load_first(out + i, count, 0.0f) - lse);
+            store_first(out + i, count, (load_first(out + i, count, 0.0f) - shift) - log_total);
         }
     });
 }

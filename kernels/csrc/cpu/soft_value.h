@@ -23,14 +23,14 @@ static void merge(const Pass& pass, int64_t row) {
             shift -= call.alpha_0 * (level - finite(statistic(part, Pass::BASE_SHIFT))) / call.alpha_tilde;
         sum.add(shift, statistic(part, Pass::TOTAL));
     }
-    const float lse = pass.with_base_lse ? base.log() : call.base_lse[of_call];
+    const double lse = pass.with_base_lse ? base.log() : call.base_lse[of_call];
     // lse(b) - level: a known lse is the level itself, and with one stream there is none.
-    const float rest = pass.with_base_lse ? base.log_total() : pass.two_streams ? 0.0f : lse;
+    const double rest = pass.with_base_lse ? base.log_total() : pass.two_streams ? 0.0 : lse;
     // The tanh of a soft-cap would hide an infinity.
-    const float poison_b = call.softcap != 0.0f ? pass.poison[row] : 0.0f;
-    const float poison = call.softcap != 0.0f ? poison_b + pass.poison[pass.padded_rows + row] : 0.0f;
-    call.lse[of_call] = lse + poison_b;
-    call.value[of_call] = call.alpha_tilde * sum.log() - call.alpha_0 * rest + poison;
+    const float poison_b = call.softcap < INFINITE ? pass.poison[row] : 0.0f;
+    const float poison = call.softcap < INFINITE ? poison_b + pass.poison[pass.padded_rows + row] : 0.0f;
+    call.lse[of_call] = static_cast<float>(lse) + poison_b;
+    call.value[of_call] = static_cast<float>(call.alpha_tilde * sum.log() - call.alpha_0 * rest) + poison;
     if (pass.expected == nullptr) return;
 
     float* out = call.expected + of_call * call.size;

@@ -130,7 +130,7 @@ struct Sweep {
         for (int64_t v = 0; v < count; ++v) {
             float* at = base + v * PANEL + column;
             Floats b = call.logit_scale * (load(at) + bias_b[v]);
-            if (call.softcap != 0.0f) b = call.softcap * tanh(b / call.softcap);
+            if (call.softcap < INFINITE) b = call.softcap * tanh(b / call.softcap);
             store(at, b);
             maxima = maximum(maxima, b);
         }
@@ -145,7 +145,7 @@ struct Sweep {
         for (int64_t v = 0; v < count; ++v) {
             const int64_t at = v * PANEL + column;
             Floats q = call.logit_scale * (load(scores + at) + bias_q[v]);
-            if (call.softcap != 0.0f) {
+            if (call.softcap < INFINITE) {
                 const Floats squashed = tanh(q / call.softcap);
                 q = call.softcap * squashed;
                 store(slopes + at, 1.0f - squashed * squashed);
@@ -170,7 +170,7 @@ struct Sweep {
                 if (k * WIDTH + i == count) break;
                 terms[i] = exp(load(x + at) - shift);
                 total += terms[i];
-                if (WEIGHTS && pass.call.softcap != 0.0f) terms[i] *= load(slopes + at);
+                if (WEIGHTS && pass.call.softcap < INFINITE) terms[i] *= load(slopes + at);
             }
             if (WEIGHTS) store(weights + k * PANEL + column, Arithmetic::across_rows(terms));
         }

@@ -131,10 +131,11 @@ void test_soft_value(int64_t rows, int64_t size, int64_t vocab, Dtype dtype, boo
 
 void test_soft_values() {
     current = "soft_value";
-    const Head heads[] = {{false, 1.0f, 0.0f, false, false},
-                          {true, -0.4f, 0.0f, false, false},
+    const float no_cap = INFINITY;
+    const Head heads[] = {{false, 1.0f, no_cap, false, false},
+                          {true, -0.4f, no_cap, false, false},
                           {true, 0.5f, 3.0f, true, false},
-                          {false, 1.0f, 0.0f, false, true},
+                          {false, 1.0f, no_cap, false, true},
                           {true, 1.0f, 3.0f, false, true}};
     const int64_t shapes[][3] = {{1, 1, 1}, {2, 3, 5}, {17, 33, 129}, {33, 16, 1000}, {70, 101, 257}, {5, 700, 40}};
     for (Dtype dtype : dtypes)

@@ -99,7 +99,7 @@ inline SoftValue soft_value(const fqa::SoftValueCall& call, const Stored& hidden
             }
             q *= call.logit_scale, b[v] *= call.logit_scale;
             slopes[v] = 1.0;
-            if (call.softcap != 0.0f) {
+            if (std::isfinite(call.softcap)) {
                 const double cap = call.softcap;
                 slopes[v] = 1.0 - std::pow(std::tanh(q / cap), 2);
                 q = cap * std::tanh(q / cap), b[v] = cap * std::tanh(b[v] / cap);
