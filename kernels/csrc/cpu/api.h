@@ -54,9 +54,9 @@ struct TakenValueCall {
 struct HiddenGradientCall {
     Matrix weight;  // (V, D)
     int64_t rows, size, vocab, transitions;
-    const int64_t* actions;  // (M,)
-    const int64_t* order;    // (M,) transitions sorted by state: those of state s are order[ends[s]] to
-    const int64_t* ends;     // (N + 1,) order[ends[s + 1] - 1]
+    const int64_t* actions;   // (M,)
+    const int64_t* order;     // (M,) transitions sorted by state: those of state s are order[ends[s]] to
+    const int64_t* ends;      // (N + 1,) order[ends[s + 1] - 1]
     const float* grad_value;  // (N,) or null, with `expected`
     const float* expected;    // (N, D) or null
     const float* grad_taken;  // (M,)
@@ -86,10 +86,10 @@ struct ResidualBackwardCall {
 };
 
 struct PreferenceLossCall {
-    const float* q_taken;        // (M,)
-    const float* values;         // (S,)
-    const int64_t* value_rows;   // (M,), -1: terminal
-    const int64_t* branch_ends;  // (2B + 1,)
+    const float* q_taken;          // (M,)
+    const float* values;           // (S,)
+    const int64_t* value_rows;     // (M,), -1: terminal
+    const int64_t* branch_ends;    // (2B + 1,)
     const float* divisor;          // (B,)
     const float* squares_divisor;  // (B,)
     int64_t transitions, rows, pairs;

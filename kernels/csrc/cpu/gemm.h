@@ -1,5 +1,6 @@
 // The one product of matrices that all the others are made of, on words of 32 bits: a float, or a pair of bf16
-// neighbours along the summed dimension.
+// neighbours along the summed dimension. A sum over the columns of W takes pairs as they lie (`pack`, `load_words`),
+// one over its rows pairs them across two rows (`across_rows`).
 
 struct FloatWords {
     static constexpr int WIDTH = 1;  // elements in a word
@@ -14,12 +15,13 @@ struct FloatWords {
         load_row(matrix, row, 0, count, words);
     }
 
-    // Words for a sum over rows, of LANES columns of packed row `row`.
+    // Words for a sum over rows, of LANES columns of packed rows WIDTH * `row` and following, which lie `stride` words
+    // apart.
     FQA_INLINE Floats across_rows(const float* words, int64_t row, int64_t stride, int64_t column) {
         return load(words + row * stride + column);
     }
 
-    // The same of one row of floats in registers.
+    // The same of WIDTH rows of floats in registers.
     FQA_INLINE Floats across_rows(const Floats* rows) { return rows[0]; }
 };
 
@@ -70,8 +72,8 @@ constexpr int GEMM_ROWS = LANES == 16 ? 8 : 4;
 constexpr int GEMM_VECTORS = LANES == 8 ? 3 : 2;
 constexpr int PANEL = GEMM_VECTORS * LANES;
 
-// C (GEMM_ROWS, VECTORS * LANES) = or += A (GEMM_ROWS, words) B (words, the first columns of PANEL); rows of C and of A,
-// and words of A, lie as far apart as told.
+// C (GEMM_ROWS, VECTORS * LANES) = or += A (GEMM_ROWS, words) B (words, the first columns of PANEL); rows of C and of
+// A, and words of A, lie as far apart as told.
 template <class Arithmetic, int VECTORS>
 static void multiply_columns(int64_t words, const float* a, int64_t a_row_stride, int64_t a_word_stride, const float* b,
                              float* c, int64_t c_row_stride, bool add) {
@@ -101,6 +103,7 @@ static void multiply_columns(int64_t words, const float* a, int64_t a_row_stride
 template <class Arithmetic>
 static void multiply_panel(int64_t words, const float* a, int64_t a_row_stride, int64_t a_word_stride, const float* b,
                            float* c, int64_t c_row_stride, bool add, int64_t columns = PANEL) {
-    const auto multiply = columns <= LANES ? multiply_columns<Arithmetic, 1> : multiply_columns<Arithmetic, GEMM_VECTORS>;
+    const auto multiply =
+        columns <= LANES ? multiply_columns<Arithmetic, 1> : multiply_columns<Arithmetic, GEMM_VECTORS>;
     multiply(words, a, a_row_stride, a_word_stride, b, c, c_row_stride, add);
 }

@@ -1,7 +1,7 @@
 // All vector kernels, compiled once for each instruction set: CMakeLists.txt names the level, its lanes and its flags.
 //
-// Nothing here may call an inline function or a template of the standard library: its code, compiled for one level, could
-// be the copy that the linker keeps for all.
+// Nothing here may call an inline function or a template of the standard library: its code, compiled for one level,
+// could be the copy that the linker keeps for all.
 #include "level.h"
 
 #include <stdlib.h>
@@ -58,9 +58,9 @@ void each(const float* x, float* y, int64_t count) {
 }  // namespace FQA_LEVEL
 
 extern const Level FQA_LEVEL_TABLE(FQA_LEVEL) = {
-    FQA_LEVEL::soft_value_of_dtype,     FQA_LEVEL::taken_value,        FQA_LEVEL::hidden_gradient,
-    FQA_LEVEL::residual_soft_value,     FQA_LEVEL::residual_log_probs, FQA_LEVEL::residual_soft_value_bwd,
-    FQA_LEVEL::residual_log_probs_bwd,  FQA_LEVEL::each<FQA_LEVEL::exp>, FQA_LEVEL::each<FQA_LEVEL::tanh>,
+    FQA_LEVEL::soft_value_of_dtype,    FQA_LEVEL::taken_value,          FQA_LEVEL::hidden_gradient,
+    FQA_LEVEL::residual_soft_value,    FQA_LEVEL::residual_log_probs,   FQA_LEVEL::residual_soft_value_bwd,
+    FQA_LEVEL::residual_log_probs_bwd, FQA_LEVEL::each<FQA_LEVEL::exp>, FQA_LEVEL::each<FQA_LEVEL::tanh>,
 };
 
 }  // namespace fqa

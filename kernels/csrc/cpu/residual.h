@@ -64,8 +64,7 @@ static void residual_soft_value(const ResidualCall& call, int threads) {
                        of_base.add(base, count);
                    });
         call.lse[row] = static_cast<float>(of_scores.result());
-        call.value[row] =
-            static_cast<float>(call.alpha_tilde * of_scores.result() - call.alpha_0 * of_base.result());
+        call.value[row] = static_cast<float>(call.alpha_tilde * of_scores.result() - call.alpha_0 * of_base.result());
     });
 }
 

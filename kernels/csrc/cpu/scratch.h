@@ -27,8 +27,8 @@ class Scratch {
 // f(item, worker) for each item, see parallel_for.
 template <class F>
 static void parallel(int64_t items, int threads, F f) {
-    parallel_for(items, threads, [](void* context, int64_t item, int worker) { (*static_cast<F*>(context))(item, worker); },
-                 &f);
+    parallel_for(
+        items, threads, [](void* context, int64_t item, int worker) { (*static_cast<F*>(context))(item, worker); }, &f);
 }
 
 // f(item) for all items, in as many runs as keep `threads` threads busy with `cost` elements or more each.

@@ -3,14 +3,17 @@
 //
 // Rows lie across the lanes of vectors: a tile of logits is (vocabulary, PANEL rows), and its maxima and sums are those
 // of vectors, without a sum over lanes. The vocabulary is cut into parts, which threads take one by one. Each part has
-// its own running softmax and its own e; they are added up in the end, in their order: results do not depend on threads.
+// its own running softmax and its own e; they are added up in the end, in their order: results do not depend on
+// threads.
 
-// --- the parts of one row ---------------------------------------------------------------------------------------------
+// --- the parts of one row --------------------------------------------------------------------------------------------
 
 static void merge(const Pass& pass, int64_t row) {
     const SoftValueCall& call = pass.call;
     const int64_t of_call = pass.first_row + row;
-    const auto statistic = [&](int64_t part, Pass::Statistic which) -> float& { return pass.of_part(part, which)[row]; };
+    const auto statistic = [&](int64_t part, Pass::Statistic which) -> float& {
+        return pass.of_part(part, which)[row];
+    };
     MergedSum base, sum;
     if (pass.with_base_lse)
         for (int64_t part = 0; part < pass.parts; ++part)
@@ -36,8 +39,7 @@ static void merge(const Pass& pass, int64_t row) {
     float* out = call.expected + of_call * call.size;
     const float scale = call.logit_scale / sum.total + poison;
     float factors[PARTS];
-    for (int64_t part = 0; part < pass.parts; ++part)
-        factors[part] = scale * sum.factor(statistic(part, Pass::SHIFT));
+    for (int64_t part = 0; part < pass.parts; ++part) factors[part] = scale * sum.factor(statistic(part, Pass::SHIFT));
     for (int64_t d = 0; d < call.size; d += LANES) {
         Floats e = {};
         for (int64_t part = 0; part < pass.parts; ++part) e += factors[part] * load(pass.expected_of(part, row, d));
@@ -45,7 +47,7 @@ static void merge(const Pass& pass, int64_t row) {
     }
 }
 
-// --- the call ---------------------------------------------------------------------------------------------------------
+// --- the call --------------------------------------------------------------------------------------------------------
 
 // The rows of one pass: packed, walked over, and their parts added up.
 template <class Arithmetic>

@@ -5,17 +5,17 @@ constexpr int64_t PARTS = 8;
 // D = 4096 in bf16, where e was read and written so much more often.
 constexpr int64_t TILE_WORDS = 96 * 1024;
 constexpr int64_t MAX_TILE = 128;
-// Scratch memory of one pass, beside a tile for each thread; more rows take more passes. With 44 MiB a pass of 512 rows of
-// D = 2048 in fp32 is one.
+// Scratch memory of one pass, beside a tile for each thread; more rows take more passes. With 44 MiB a pass of 512 rows
+// of D = 2048 in fp32 is one.
 constexpr int64_t SCRATCH_BYTES = 44 << 20;
 
 // What all threads share in one pass. Its sizes are those of the call; its memory and its rows come with `soft_value`.
 struct Pass {
     const SoftValueCall& call;
-    const int64_t width;                                  // elements in a word
-    const int64_t words = (call.size + width - 1) / width;  // of a row of hidden states or of W
+    const int64_t width;                                     // elements in a word
+    const int64_t words = (call.size + width - 1) / width;   // of a row of hidden states or of W
     const int64_t padded_size = round_up(call.size, PANEL);  // of a row of e
-    const bool with_base_lse = call.base_lse == nullptr;  // lse(b) is to be found
+    const bool with_base_lse = call.base_lse == nullptr;     // lse(b) is to be found
     // Base logits by a product of their own, else q + alpha_0 b by one product (identity 1).
     const bool two_streams = with_base_lse || call.softcap < INFINITE;
     // Of a row of W in a tile. An odd number of cache lines: rows that lie a power of two apart would share the few
@@ -42,7 +42,8 @@ struct Pass {
     // padded_size / PANEL, PANEL rows, PANEL columns). In rows as wide as D, D = 2048 took 17% longer.
     float* expected_of(int64_t part, int64_t row, int64_t column) const {
         const int64_t block = row / PANEL * PANEL, panel = column / PANEL * PANEL;
-        return expected + (part * padded_rows + block) * padded_size + panel * PANEL + row % PANEL * PANEL + column % PANEL;
+        return expected + (part * padded_rows + block) * padded_size + panel * PANEL + row % PANEL * PANEL +
+               column % PANEL;
     }
 
     // The first token of a part.

@@ -6,13 +6,13 @@ struct Sweep {
 
     const Pass& pass;
     const int64_t part;
-    float* free;                                                      // scratch not yet taken
-    float* rows_of_tile = take(pass.tile * pass.word_stride);         // W as it lies, for the logits
-    float* panels_of_tile = take(pass.tile * pass.padded_size);       // (padded_size / PANEL, words, PANEL), for e
-    float* base = take(pass.tile * PANEL);                            // (tile, PANEL) base logits
-    float* scores = take(pass.tile * PANEL);                          // q, then the scores
-    float* slopes = take(pass.tile * PANEL);                          // derivative of the soft-cap
-    float* weights = take(pass.tile * PANEL);                         // words of exp(score - shift)
+    float* free;                                                 // scratch not yet taken
+    float* rows_of_tile = take(pass.tile * pass.word_stride);    // W as it lies, for the logits
+    float* panels_of_tile = take(pass.tile * pass.padded_size);  // (padded_size / PANEL, words, PANEL), for e
+    float* base = take(pass.tile * PANEL);                       // (tile, PANEL) base logits
+    float* scores = take(pass.tile * PANEL);                     // q, then the scores
+    float* slopes = take(pass.tile * PANEL);                     // derivative of the soft-cap
+    float* weights = take(pass.tile * PANEL);                    // words of exp(score - shift)
     float* bias_b = take(pass.tile);
     float* bias_q = take(pass.tile);
     float* decay = take(PANEL);  // of e and of the rows' sums
@@ -96,8 +96,8 @@ struct Sweep {
 
     float* statistic(Pass::Statistic which, int64_t row) const { return pass.of_part(part, which) + row; }
 
-    // What is subtracted from base logits before they enter a score: lse(b) where it is known, else their running shift.
-    // v is the difference of two lse, and the other one stays small this way, however large the logits.
+    // What is subtracted from base logits before they enter a score: lse(b) where it is known, else their running
+    // shift. v is the difference of two lse, and the other one stays small this way, however large the logits.
     Floats base_level(int64_t row, int64_t column, int64_t count, bool is_first) const {
         const Floats maxima = finish_base(column, count);
         return pass.with_base_lse ? add_base(maxima, row, column, count, is_first) : known_lse(row + column);

@@ -1,5 +1,5 @@
-// Tests of the library below Python: every level that this machine has, in memory of exactly the size that is asked for.
-// CI builds and runs them with AddressSanitizer and UndefinedBehaviorSanitizer.
+// Tests of the library below Python: every level that this machine has, in memory of exactly the size that is asked
+// for. CI builds and runs them with AddressSanitizer and UndefinedBehaviorSanitizer.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -51,7 +51,7 @@ std::unique_ptr<T[]> copy_of(const std::vector<T>& values) {
 
 constexpr Dtype dtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
 
-// --- functions of one number ------------------------------------------------------------------------------------------
+// --- functions of one number -----------------------------------------------------------------------------------------
 
 // Units in the last place of a float next to `expected`.
 double ulps(float found, double expected) {
@@ -89,7 +89,7 @@ void test_functions() {
     test_function(fqa_tanh, [](double x) { return std::tanh(x); }, 3.0);
 }
 
-// --- soft_value -------------------------------------------------------------------------------------------------------
+// --- soft_value ------------------------------------------------------------------------------------------------------
 
 struct Head {
     bool biases;
@@ -104,11 +104,23 @@ void test_soft_value(int64_t rows, int64_t size, int64_t vocab, Dtype dtype, boo
     const Stored weight(normal(vocab * size, 2.0 / std::sqrt(size)), vocab, size, dtype, transposed);
     const auto bias_b = as_floats(normal(vocab)), bias_q = as_floats(normal(vocab)), known = as_floats(normal(rows));
     auto value = floats(rows), lse = floats(rows), expected = floats(rows * size);
-    fqa::SoftValueCall call = {
-        hidden_q.matrix, hidden_b.matrix, weight.matrix, rows, size, vocab,
-        head.biases ? bias_b.get() : nullptr, head.biases ? bias_q.get() : nullptr,
-        head.known_lse ? known.get() : nullptr, 0.7f, 1.3f, head.logit_scale, head.softcap, head.difference,
-        value.get(), lse.get(), expected.get()};
+    fqa::SoftValueCall call = {hidden_q.matrix,
+                               hidden_b.matrix,
+                               weight.matrix,
+                               rows,
+                               size,
+                               vocab,
+                               head.biases ? bias_b.get() : nullptr,
+                               head.biases ? bias_q.get() : nullptr,
+                               head.known_lse ? known.get() : nullptr,
+                               0.7f,
+                               1.3f,
+                               head.logit_scale,
+                               head.softcap,
+                               head.difference,
+                               value.get(),
+                               lse.get(),
+                               expected.get()};
     const SoftValue truth = soft_value(call, hidden_q, hidden_b, weight);
     // With a known lse, or float32 states on a 16-bit head, the states are rounded to the dtype of W.
     // What logits are off by grows with them.
@@ -147,7 +159,7 @@ void test_soft_values() {
         for (double scale : {1.0, 60.0}) test_soft_value(9, 20, 3000, dtype, false, heads[0], scale);
 }
 
-// --- the other ops ----------------------------------------------------------------------------------------------------
+// --- the other ops ---------------------------------------------------------------------------------------------------
 
 void test_taken_value(Dtype dtype) {
     current = "taken_value and hidden_gradient";
@@ -179,9 +191,19 @@ void test_taken_value(Dtype dtype) {
     }
     for (Dtype of_gradient : dtypes) {
         std::unique_ptr<char[]> memory(new char[rows * size * size_of(of_gradient)]);
-        const fqa::HiddenGradientCall backward = {
-            weight.matrix, rows, size, vocab, transitions, actions_memory.get(), order_memory.get(), ends_memory.get(),
-            grad_value.get(), expected.get(), grad_taken.get(), memory.get(), of_gradient};
+        const fqa::HiddenGradientCall backward = {weight.matrix,
+                                                  rows,
+                                                  size,
+                                                  vocab,
+                                                  transitions,
+                                                  actions_memory.get(),
+                                                  order_memory.get(),
+                                                  ends_memory.get(),
+                                                  grad_value.get(),
+                                                  expected.get(),
+                                                  grad_taken.get(),
+                                                  memory.get(),
+                                                  of_gradient};
         fqa_hidden_gradient(&backward, 2);
         if (of_gradient == Dtype::float32)
             require_close(reinterpret_cast<const float*>(memory.get()), gradient, 1e-5, "gradient");
@@ -237,13 +259,15 @@ void test_preference_loss() {
     current = "preference_loss";
     // One pair: rewards 1 - 0.5 * 2 = 0 and 3 chosen, 1 rejected; margin (3 - 1) / 2 = 1.
     const auto q_taken = as_floats({1.0, 3.0, 1.0}), values = as_floats({9.0, 2.0}), two = as_floats({2.0});
-    const auto rows = copy_of<int64_t>({1, -1, -1}), ends = copy_of<int64_t>({0, 2, 3}), bad = copy_of<int64_t>({0, 9, 3});
+    const auto rows = copy_of<int64_t>({1, -1, -1}), ends = copy_of<int64_t>({0, 2, 3}),
+               bad = copy_of<int64_t>({0, 9, 3});
     auto loss = floats(1), metrics = floats(8), grad_q = floats(3), grad_values = floats(2);
-    fqa::PreferenceLossCall call = {q_taken.get(), values.get(), rows.get(), ends.get(),    two.get(),
-                                    two.get(),     3,            2,          1,             0.5,
-                                    0.1,           loss.get(),   metrics.get(), grad_q.get(), grad_values.get()};
+    fqa::PreferenceLossCall call = {
+        q_taken.get(), values.get(), rows.get(), ends.get(),    two.get(),    two.get(),        3, 2, 1,
+        0.5,           0.1,          loss.get(), metrics.get(), grad_q.get(), grad_values.get()};
     fqa_preference_loss(&call);
-    const double slope = -1.0 / (1.0 + std::exp(1.0)) / 2.0, expected = std::log1p(std::exp(-1.0)) + 0.1 * (9.0 + 1.0) / 2;
+    const double slope = -1.0 / (1.0 + std::exp(1.0)) / 2.0,
+                 expected = std::log1p(std::exp(-1.0)) + 0.1 * (9.0 + 1.0) / 2;
     require_close(loss.get(), {expected}, 1e-6, "loss");
     require_close(grad_q.get(), {slope, slope + 0.1 * 3.0, -slope + 0.1}, 1e-6, "gradient of q");
     require_close(grad_values.get(), {0.0, -0.5 * slope}, 1e-6, "gradient of the values");

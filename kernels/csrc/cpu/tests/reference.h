@@ -47,8 +47,9 @@ inline void write_as(Dtype dtype, float x, char* to) {
     std::memcpy(&bits, &x, 4);
     uint16_t half = static_cast<uint16_t>(bits >> 16);
     if (dtype == Dtype::float16)
-        half = x == 0.0f ? static_cast<uint16_t>((bits >> 16) & 0x8000u)
-                         : static_cast<uint16_t>(((bits >> 16) & 0x8000u) | (((bits & 0x7fffffffu) - (112u << 23)) >> 13));
+        half = x == 0.0f
+                   ? static_cast<uint16_t>((bits >> 16) & 0x8000u)
+                   : static_cast<uint16_t>(((bits >> 16) & 0x8000u) | (((bits & 0x7fffffffu) - (112u << 23)) >> 13));
     if (dtype == Dtype::float32)
         std::memcpy(to, &x, 4);
     else
