@@ -143,39 +143,6 @@ def _per_row(rows: int) -> Tensor:
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
 
-def _soft_value(
-    hidden_q: Tensor,
-    hidden_b: Tensor,
-    weight: Tensor,
-    bias_b: Tensor | None,
-    bias_q: Tensor | None,
-    base_lse: Tensor | None,
-    alpha_0: float,
-    alpha_tilde: float,
-    logit_scale: float,
-    softcap: float | None,
-    difference: bool,
-    expected: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """v (N,) and lse(b) (N,); writes e into `expected` where it is one."""
-    vocab, size = weight.shape
-    rows = hidden_q.shape[0]
-    value, lse = _per_row(rows), _per_row(rows)
-    # Whatever float dtype the biases have: V numbers, beside the V D of the weight.
-    bias_b, bias_q = (None if bias is None else bias.float().contiguous() for bias in (bias_b, bias_q))
-    call = _SoftValueCall(
-        _matrix("hidden_q", hidden_q, rows, size), _matrix("hidden_b", hidden_b, rows, size),
-        _matrix("weight", weight, vocab, size), rows, size, vocab,
-        _vector_or_none("bias_b", bias_b, vocab), _vector_or_none("bias_q", bias_q, vocab),
-        _vector_or_none("base_lse", base_lse, rows),
-        alpha_0, alpha_tilde, logit_scale, float("inf") if softcap is None else softcap, difference,
-        value.data_ptr(), lse.data_ptr(), None if expected is None else expected.data_ptr(),
-    )  # fmt: skip
-    if _function("fqa_soft_value")(ctypes.byref(call), torch.get_num_threads()) != 0:
-        raise MemoryError(f"no memory for the scratch of soft_value, N={rows}, D={size}, V={vocab}")
-    return value, lse
-
-
 def soft_value_lse(
     hidden_q: Tensor,  # (N, D)
     hidden_b: Tensor,  # (N, D)
@@ -188,12 +155,26 @@ def soft_value_lse(
     logit_scale: float,
     softcap: float | None,
     difference: bool,
+    expected: Tensor | None = None,  # (N, D) fp32, contiguous
 ) -> tuple[Tensor, Tensor]:  # v (N,), lse(b) (N,), fp32
-    """v and lse(b), without gradient."""
-    return _soft_value(
-        hidden_q, hidden_b, weight, bias_b, bias_q, base_lse,
-        alpha_0, alpha_tilde, logit_scale, softcap, difference, None,
+    """v and lse(b); writes e = dv/dhidden_q into `expected` where it is one."""
+    vocab, size = weight.shape
+    rows = hidden_q.shape[0]
+    value, lse = _per_row(rows), _per_row(rows)
+    # Whatever float dtype the biases have: V numbers, beside the V D of the weight.
+    bias_b, bias_q = (None if bias is None else bias.float().contiguous() for bias in (bias_b, bias_q))
+    call = _SoftValueCall(
+        _matrix("hidden_q", hidden_q, rows, size), _matrix("hidden_b", hidden_b, rows, size),
+        _matrix("weight", weight, vocab, size), rows, size, vocab,
+        _vector_or_none("bias_b", bias_b, vocab), _vector_or_none("bias_q", bias_q, vocab),
+        _vector_or_none("base_lse", base_lse, rows),
+        alpha_0, alpha_tilde, logit_scale, float("inf") if softcap is None else softcap, difference,
+        value.data_ptr(), lse.data_ptr(),
+        None if expected is None else _vector("expected", expected.view(-1), rows * size),
     )  # fmt: skip
+    if _function("fqa_soft_value")(ctypes.byref(call), torch.get_num_threads()) != 0:
+        raise MemoryError(f"no memory for the scratch of soft_value, N={rows}, D={size}, V={vocab}")
+    return value, lse
 
 
 def soft_value_and_gradient(
@@ -211,7 +192,7 @@ def soft_value_and_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:  # v (N,), lse(b) (N,), e (N, D), fp32
     """v, lse(b) and e = dv/dhidden_q."""
     expected = torch.empty(tuple(hidden_q.shape), dtype=torch.float32, device="cpu")
-    value, lse = _soft_value(
+    value, lse = soft_value_lse(
         hidden_q, hidden_b, weight, bias_b, bias_q, base_lse,
         alpha_0, alpha_tilde, logit_scale, softcap, difference, expected,
     )  # fmt: skip
