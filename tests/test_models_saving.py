@@ -146,9 +146,9 @@ def test_a_new_process_computes_bit_for_bit_the_same(tmp_path: Path) -> None:
         model = fqa.QAdapterModel.from_pretrained(str(folder / "base"), folder / "adapter")
         expected[folder] = fingerprint_of_function(model)
         torch.testing.assert_close(expected[folder], fingerprint_of_function(trained(kv_mode, name)))
-    here = Path(__file__).parent
-    search = [str(here), str(here.parent), str(here.parent / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    # The same packages as here: a source tree has no native library, where an installed package has one.
+    search = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.run(
         [sys.executable, "-c", LOADER, *map(str, expected)],
         env=environment,
