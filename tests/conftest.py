@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastqadapter_kernels import native
+
 
 def pytest_configure() -> None:
     # The tensors of the tests are tiny: more threads only wait for each other (60 s instead of 8 s on busy cores).
@@ -24,6 +26,18 @@ def usable_backend(request: pytest.FixtureRequest) -> None:
     backend = getattr(getattr(request.node, "callspec", None), "params", {}).get("backend")
     if backend in ("triton", "cpu") and (reason := importlib.import_module("fastqadapter.ops").backends()[backend]):
         pytest.skip(f"no backend {backend} here: {reason}")
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine has."""
+    before = native.cpu_isa()
+    used = native.set_cpu_isa(request.param)
+    if used != request.param:
+        native.set_cpu_isa(before)
+        pytest.skip(f"this processor has {used}, not {request.param}")
+    yield used
+    native.set_cpu_isa(before)
 
 
 @pytest.fixture

@@ -28,10 +28,11 @@ struct Pass {
     int64_t padded_rows = 0;          // up to a multiple of PANEL
     float* hidden_b = nullptr;        // (padded_rows / PANEL, words, PANEL)
     float* hidden_q = nullptr;        // the same; with one stream d + alpha_0 h_b
-    float* poison = nullptr;          // (2, padded_rows) of h_b and of d: NaN for a row with NaN or infinity, else 0
-    float* statistics = nullptr;      // (parts, 4, padded_rows), see `Statistic`
-    float* expected = nullptr;        // where e is wanted, see `expected_of`
-    float* workers = nullptr;         // (threads, scratch_of_worker)
+    float* poison =
+        nullptr;  // (2, padded_rows) of h_b and of d: NaN for a row with NaN or infinity under a soft-cap, else 0
+    float* statistics = nullptr;  // (parts, 4, padded_rows), see `Statistic`
+    float* expected = nullptr;    // where e is wanted, see `expected_of`
+    float* workers = nullptr;     // (threads, scratch_of_worker)
     int64_t scratch_of_worker = 0;
 
     enum Statistic { SHIFT, TOTAL, BASE_SHIFT, BASE_TOTAL };
@@ -96,7 +97,7 @@ static void pack_hidden(const Pass& pass, int64_t block, int worker) {
     };
     const auto poison_of = [&](const float* row) {
         float poison = 0.0f;
-        for (int64_t i = 0; i < call.size; ++i) poison += 0.0f * row[i];
+        for (int64_t i = 0; call.softcap < INFINITE && i < call.size; ++i) poison += 0.0f * row[i];
         return poison;
     };
     for (int64_t lane = 0; lane < PANEL; ++lane) {
