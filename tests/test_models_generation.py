@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -15,10 +16,17 @@ from accelerate import dispatch_model
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import fastqadapter as fqa
+from fastqadapter.testing import assert_close_to_truth
 from references import CACHE_NAME, hand_policy, policy_logits
 from tiny import ARCHITECTURES, MODES, PAD, PAIRS, VOCABULARY, Twins, lora_config, make_twins, packed, random_ids
 
@@ -56,6 +64,14 @@ def hand_logits(
     for adapter, weight in (weights or {"default": 1.0}).items():
         adapted.append((weight, functools.partial(run_adapter, twins.adapted, adapter)))
     return policy_logits(twins.base, adapted, ids, prompt_length, twins.kv_mode, **{**NUMBERS, **dials})
+
+
+def in_float64(base: PreTrainedModel) -> PreTrainedModel:
+    """The same model in float64; torch's grouped products of experts have none."""
+    exact = copy.deepcopy(base).double()
+    if hasattr(exact, "set_experts_implementation"):
+        exact.set_experts_implementation("eager")
+    return exact
 
 
 def run_adapter(model: PeftModel, adapter: str, **inputs: Any) -> Any:
@@ -115,9 +131,13 @@ def test_untrained_adapter_is_the_base_model(name: str, kv_mode: str) -> None:
     twins = make_twins(name, kv_mode, trained=False)
     kwargs: dict[str, Any] = {"max_new_tokens": 12, "pad_token_id": PAD, "return_dict_in_generate": True}
     kwargs |= {"output_logits": True, "do_sample": False}
-    ours, base = (each.generate(**ids_of(*PROMPTS), **kwargs) for each in (twins.model, twins.base))
-    assert ours.sequences.tolist() == base.sequences.tolist()
-    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(base.logits), **CLOSE)
+    models = twins.model, twins.base, in_float64(twins.base)
+    for prompt in PROMPTS:
+        outputs = [each.generate(**ids_of(prompt), **kwargs) for each in models]
+        assert outputs[0].sequences.tolist() == outputs[1].sequences.tolist() == outputs[2].sequences.tolist()
+        ours, base, truth = (torch.stack(output.logits) for output in outputs)
+        assert_close_to_truth(ours, base, truth.double(), name=name)
+    assert generated(twins.model, *PROMPTS, max_new_tokens=12) == generated(twins.base, *PROMPTS, max_new_tokens=12)
     # The logits are those of the base, not only their softmax: a repetition penalty can tell.
     kwargs = {"max_new_tokens": 8, "repetition_penalty": 1.5}
     assert generated(twins.model, PROMPT, **kwargs) == generated(twins.base, PROMPT, **kwargs)

@@ -13,7 +13,7 @@ import transformers
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import fastqadapter as fqa
 from references import CACHE_NAME
@@ -328,8 +328,14 @@ def test_models_without_an_lm_head() -> None:
         ({"alpha_tilde": -1.0}, "alpha_tilde=-1"),
         ({"alpha_0": -0.5}, "alpha_0=-0.5"),
         ({"alpha_0": float("nan")}, "alpha_0=nan"),
-        ({"cache_implementation": "static"}, "cache_implementation='static'.*leave it out"),
-        ({CACHE_NAME: DynamicCache()}, f"{CACHE_NAME} is a DynamicCache"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'.*use 'dynamic' or 'static'"),
+        ({CACHE_NAME: StaticCache(tiny_base("llama").config, 9)}, "the cache is a StaticCache; give.*DynamicCache"),
+        ({CACHE_NAME: DynamicCache(offloading=True)}, "the cache is an offloaded DynamicCache"),
+        ({CACHE_NAME: DynamicCache(), "cache_implementation": "static"}, "'static' is for a new cache, and one was"),
+        ({"adapters": {"default": [1.0, 0.5]}}, "2 weights of 'default' for 1 sequences"),
+        ({"adapters": {"default": [1.0, float("nan")]}}, "nan.*not a finite number"),
+        ({"adapters": {"default": []}}, "not a finite number"),
+        ({"adapters": {"default": [0.5, -1e300]}}, "default: -1e\\+300 / alpha_tilde .*argmax"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True is not available"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions=True is not available"),
     ],
@@ -355,7 +361,7 @@ def test_refused_forward(kv_mode: str) -> None:
     model = make_twins("llama", kv_mode).model
     for inputs, reason in (
         ({"labels": PROMPT}, "labels are not used here.*PreferenceCollator"),
-        ({CACHE_NAME: DynamicCache()}, f"{CACHE_NAME} is a DynamicCache"),
+        ({CACHE_NAME: StaticCache(model.get_base_model().config, 9)}, "the cache is a StaticCache"),
         ({"output_attentions": True}, "output_attentions=True"),
         ({"output_hidden_states": True}, "output_hidden_states=True"),
         ({"encoder_hidden_states": torch.zeros(1, 2, 3)}, "encoder_hidden_states is not available"),
@@ -367,15 +373,13 @@ def test_refused_forward(kv_mode: str) -> None:
 
 def test_prompt_mode_knows_where_the_prompt_ends() -> None:
     model = make_twins("llama", "prompt").model
-    for keep in (0, 2, torch.tensor([4, 5])):
+    for keep in (0, torch.tensor([4, 5])):
         with pytest.raises(ValueError, match="kv_mode='prompt' gives logits from the last prompt token on"):
             model(input_ids=PROMPT, logits_to_keep=keep)
     with pytest.raises(ValueError, match="use_cache=True"):
         model.generate(PROMPT, max_new_tokens=2, use_cache=False)
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         model.generate(PROMPT, max_new_tokens=2, prefill_chunk_size=2)
-    with pytest.raises(ValueError, match="kv_mode='prompt'"):
-        model.generate(torch.cat([PROMPT, PROMPT], dim=1), max_new_tokens=9, prompt_lookup_num_tokens=3)
     first = model.generate(PROMPT, max_new_tokens=2, do_sample=False, pad_token_id=PAD, return_dict_in_generate=True)
     turn = torch.cat([first.sequences, PROMPT], dim=1)
     with pytest.raises(ValueError, match="cannot take 7 tokens after the prompt at once"):

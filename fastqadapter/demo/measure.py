@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastqadapter.models import QAdapterModel
 from fastqadapter.models.base import lm_head_of
-from fastqadapter.models.policy import Dials, combined_logits
+from fastqadapter.models.dials import Dials, combined_logits
 from fastqadapter.packing import PackedPairs, pack
 from fastqadapter.prompts import encode_chats
 
@@ -66,8 +66,9 @@ def kl_from_base(model: QAdapterModel, batch: PackedPairs, strength: float = 1.0
     base_dials = Dials(1.0, 1.0, {}, "difference")
     total = 0.0
     for rows in torch.arange(hidden_b.shape[0], device=hidden_b.device).split(256):
-        base = combined_logits(hidden_b[rows], {}, head, base_dials).float()
-        customised = combined_logits(hidden_b[rows], {"default": hidden_q[rows]}, head, dials).float()
+        hidden = torch.stack([hidden_b[rows], hidden_q[rows]])[:, None]  # (S, B, L, D)
+        base = combined_logits(hidden[:1], head, base_dials).float()
+        customised = combined_logits(hidden[: 1 + len(dials.adapters)], head, dials).float()
         log_pi, log_policy = F.log_softmax(base, dim=-1), F.log_softmax(customised, dim=-1)
         total += (log_pi.exp() * (log_pi - log_policy)).sum().item()
     return total / hidden_b.shape[0]

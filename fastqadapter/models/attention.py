@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from fastqadapter.config import KVMode
 from fastqadapter.models.cpu_attention import CpuAttentionFunction, rows_of
-from fastqadapter.ops.checks import accumulation_dtype
+from fastqadapter.models.scores import ScoreRule, explicit_attention
 from fastqadapter.packing import PackedPairs
 
 NAME = "fqa_packed"
@@ -159,7 +159,7 @@ def packed_attention(
         raise ValueError(f"packed training does not support {unsupported} of {type(module).__name__}")
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = packed.keys_and_values(layer, key, value)
-    rule = _ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     if rule.is_plain and _half_on_cpu(query, values):
         segments = [(each.queries, each.keys, packed.additive_mask(each, rule.window)) for each in packed.segments]
         output = CpuAttentionFunction.apply(query, keys, values, segments, rule.scaling)
@@ -182,23 +182,8 @@ def _half_on_cpu(query: Tensor, values: Tensor) -> bool:
     return half and query.device.type == "cpu" and query.shape[-1] == values.shape[-1]
 
 
-@dataclasses.dataclass(frozen=True)
-class _ScoreRule:
-    """How a layer turns q and k into weights."""
-
-    scaling: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None  # (Hq,)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether SDPA can do it."""
-        return self.softcap is None and self.sinks is None
-
-
 def _attend_segment(
-    segment: Segment, query: Tensor, keys: Tensor, values: Tensor, packed: PackedAttention, rule: _ScoreRule
+    segment: Segment, query: Tensor, keys: Tensor, values: Tensor, packed: PackedAttention, rule: ScoreRule
 ) -> Tensor:  # (1, Hq, rows, Dv)
     """Attention of one segment's query rows over its key rows."""
     q = query[:, :, segment.queries]
@@ -208,29 +193,7 @@ def _attend_segment(
     mask = packed.mask(segment, rule.window, query.device)
     if rule.is_plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scaling, enable_gqa=True)
-    return _explicit_attention(q, k, v, mask, rule)
-
-
-def _explicit_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    rule: _ScoreRule,
-) -> Tensor:
-    """Attention with a soft-cap on the scores (Gemma-2) or a sink per head (GPT-OSS), which SDPA does not offer."""
-    heads, kv_heads, rows = query.shape[1], key.shape[1], query.shape[2]
-    grouped = query.unflatten(1, (kv_heads, heads // kv_heads))  # (1, Hkv, g, T_q, Dh)
-    scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * rule.scaling
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    scores = scores.to(accumulation_dtype(scores.dtype)).masked_fill(~mask, -torch.inf)
-    if rule.sinks is None:
-        weights = torch.softmax(scores, dim=-1)
-    else:
-        sink = rule.sinks.to(scores.dtype).view(1, kv_heads, -1, 1, 1).expand(-1, -1, -1, rows, 1)
-        weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
-    return (weights.to(value.dtype) @ value.unsqueeze(2)).flatten(1, 2)
+    return explicit_attention(q, k, v, mask, rule)[0]
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -243,11 +206,16 @@ AttentionMaskInterface.register(NAME, _no_mask)
 
 
 @contextlib.contextmanager
-def packed_attention_of(decoder: PreTrainedModel) -> Iterator[None]:
-    """Let `decoder` use packed attention inside the context."""
+def attention_of(decoder: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let `decoder` use the registered attention `name` inside the context."""
     before = decoder.config._attn_implementation
-    decoder.config._attn_implementation = NAME
+    decoder.config._attn_implementation = name
     try:
         yield
     finally:
         decoder.config._attn_implementation = before
+
+
+def packed_attention_of(decoder: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """Let `decoder` use packed attention inside the context."""
+    return attention_of(decoder, NAME)

@@ -1,128 +1,177 @@
-"""Key-value caches of the two streams during generation.
+"""The KV cache of one pass over several streams: B sequences, the base stream's rows first.
 
-`TwoStreamCache` is the base stream's cache, and carries one cache more for each adapter whose mode needs its own K/V.
-In `shared` mode it carries none: the Q stream reads the base K/V through a `ReadOnlyCache`.
+| mode | K/V rows |
+| --- | --- |
+| `shared` | B: the base's, which all streams read |
+| `separate` | S * B: each stream its own; B in the trunk, where all streams are one |
+| `prompt` | B for the prompt but its last token, S * B behind it |
+
+The layers are transformers' own, dynamic, static or sliding, so beams, crops and offsets are theirs.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fastqadapter.config import KVMode
 
 # What transformers calls the KV cache in forwards, outputs and generate: "past_key_values" before 5.24, then "cache".
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class TwoStreamCache(DynamicCache):
-    """The base stream's K/V, B rows, and the Q streams' own caches by adapter name."""
+class StreamCache(Cache):
+    """K/V of B sequences in several streams.
 
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config=config)
+    Args:
+        config: of the decoder.
+        kv_mode: which rows are kept, see above.
+        max_cache_len: tokens to allocate from the start, for compiled decoding; None: the cache grows.
+        layers: K/V of the base stream to start from; see `from_base`.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        kv_mode: KVMode,
+        max_cache_len: int | None = None,
+        layers: list[CacheLayerMixin] | None = None,
+    ):
         self.config = config
-        self.q_caches: dict[str, DynamicCache] = {}
-        self._visible: dict[int, tuple[Tensor, Tensor]] = {}
-        self._records_past = False
+        self.kv_mode = kv_mode
+        self.max_cache_len = max_cache_len
+        self.layers: list[Any]
+        super().__init__(layers=self._empty_layers() if layers is None else layers)
+        self.batch = 0
+        self.adapters: tuple[str, ...] | None = None  # whose K/V are in the rows behind the base's
+        self._compressed = getattr(config, "kv_lora_rank", None) is not None
+
+    @classmethod
+    def from_base(cls, cache: Cache, config: PreTrainedConfig, kv_mode: KVMode, batch: int) -> StreamCache:
+        """Go on from K/V that the base model wrote; `cache` stays as it is, and may serve again.
+
+        Args:
+            batch: sequences to generate; a multiple of those in the cache, whose rows are then repeated.
+
+        Raises:
+            ValueError: the Q stream cannot read K/V of the base, or these.
+        """
+        stream_cache = cls(config, kv_mode, layers=base_layers(cache, kv_mode) or None)
+        stream_cache.batch_repeat_interleave(repeats_for(stream_cache, batch))
+        return stream_cache
+
+    def _empty_layers(self) -> list[CacheLayerMixin]:
+        if self.max_cache_len is not None and self.kv_mode != "prompt":  # its prompt part does not grow in decoding
+            return StaticCache(self.config, self.max_cache_len).layers
+        return DynamicCache(config=self.config).layers
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.max_cache_len is not None
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether the streams have K/V of their own behind the prompt (`prompt` mode)."""
+        return bool(self.layers) and isinstance(self.layers[0], ForkedLayer)
+
+    def begin(self, batch: int, adapters: tuple[str, ...]) -> None:
+        """Get ready for a pass over `batch` sequences with these adapters' streams.
+
+        Raises:
+            ValueError: an adapter has no K/V of its own in this cache.
+        """
+        self.batch = batch
+        if self.adapters == adapters or self.kv_mode == "shared" or (self.kv_mode == "prompt" and not self.is_forked):
+            return
+        if self.adapters is None:
+            self.adapters = adapters
+            return
+        for adapter in adapters:
+            if adapter not in self.adapters:
+                raise ValueError(
+                    f"adapter {adapter!r} has no K/V of its own of the {self.get_seq_length()} tokens in this cache: "
+                    "start with a fresh cache (an adapter can join or come back in the middle with kv_mode='shared' "
+                    "alone)"
+                )
+        kept = [0, *(1 + self.adapters.index(adapter) for adapter in adapters)]
+        rows = torch.cat([torch.arange(stream * batch, (stream + 1) * batch) for stream in kept])
+        for layer in self.layers:
+            own = layer.suffix if isinstance(layer, ForkedLayer) else layer
+            if own.keys is not None and own.keys.shape[0] != batch:
+                _select_rows(own, rows)
+        self.adapters = adapters
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append, and remember what the layer may see in this step: a sliding layer returns more than it keeps."""
-        visible = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._visible[layer_idx] = visible
-        return visible
+        if self.kv_mode == "shared":
+            key_states, value_states = key_states[: self.batch], value_states[: self.batch]
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def read_only(self, rows: int) -> ReadOnlyCache:
-        """What the last `rows` tokens see, for a pass of another stream over these tokens."""
-        start = self.get_seq_length() - rows
-        layers: list[CacheLayerMixin] = []
-        for index, layer in enumerate(self.layers):
-            visible = self._visible.get(index)
-            layers.append(_ReadOnlyLayer(visible, start, rows, bool(getattr(layer, "is_sliding", False))))
-        return ReadOnlyCache(layers=layers)
+    def fork(self, adapters: tuple[str, ...]) -> None:
+        """From here on each stream has K/V of its own; all read what is there already (`prompt` mode)."""
+        self.layers = [ForkedLayer(layer, self.max_cache_len, self._compressed) for layer in self.layers]
+        self.adapters = adapters
 
-    def end_step(self) -> None:
-        """Forget what was visible in the step."""
-        self._visible.clear()
+    def prefix(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """The prompt's K/V, B rows, where `update` does not return them."""
+        layer = self.layers[layer_idx]
+        return layer.prefix if isinstance(layer, ForkedLayer) and not layer.joins_prefix else None
 
-    def own_cache(self, adapter: str) -> DynamicCache:
-        """The Q stream's own cache, made empty at the start of a sequence.
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
 
-        Raises:
-            ValueError: the adapter was not there for all of the sequence so far.
-        """
-        seen = self.get_seq_length()
-        if adapter not in self.q_caches and seen == 0:
-            self._adopt(adapter, DynamicCache(config=self.config))
-        own = self.q_caches.get(adapter)
-        if own is None or own.get_seq_length() != seen:
-            found = "no K/V of its own" if own is None else f"K/V of its own for only {own.get_seq_length()}"
-            raise ValueError(
-                f"adapter {adapter!r} has {found} of the {seen} tokens in this cache: start with a fresh cache (an "
-                "adapter can join or pause in the middle with kv_mode='shared' alone)"
-            )
-        return own
-
-    def fork(self, adapter: str) -> None:
-        """Let the Q stream go on from the base K/V of everything seen so far (`prompt` mode)."""
-        forked = DynamicCache(config=self.config)
-        forked.layers = [copy.copy(layer) for layer in self.layers]  # layers grow by concatenation, never in place
-        self._adopt(adapter, forked)
-
-    def _adopt(self, adapter: str, cache: DynamicCache) -> None:
-        self.q_caches[adapter] = cache
-        if self._records_past:
-            cache.activate_past_recording()
-
-    def activate_past_recording(self) -> None:
-        """Keep what sliding layers would forget, so that `crop` can take tokens back (assisted decoding)."""
-        super().activate_past_recording()
-        self._records_past = True
-        for cache in self.q_caches.values():
-            cache.activate_past_recording()
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        for cache in self.q_caches.values():
-            cache.reorder_cache(beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        for cache in self.q_caches.values():
-            cache.crop(tokens_to_remove)
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for layer in self.layers:
+            if isinstance(layer, ForkedLayer):
+                layer.select_sequences(indices, self.batch)
+            elif layer.keys is not None:
+                _select_rows(layer, _rows_of_streams(indices, self.batch, layer.keys.shape[0]))
+        self.batch = len(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        for cache in self.q_caches.values():
-            cache.batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        for cache in self.q_caches.values():
-            cache.batch_select_indices(indices)
+        self.batch *= repeats
 
     def reset(self) -> None:
-        super().reset()
-        self.q_caches.clear()
+        """Empty the cache."""
+        self.layers = self._empty_layers()
+        self.adapters = None
 
 
-class _ReadOnlyLayer(CacheLayerMixin):
-    """Keys and values that another stream wrote; `update` drops what this stream brings and returns them."""
+class ForkedLayer(CacheLayerMixin):
+    """A layer of `prompt` mode: the base's K/V of the prompt, B rows that never change, and what each stream adds.
 
-    _can_checkpoint_with_cache = True
+    `update` returns the streams' own K/V. Where the layer keeps a compressed form, which the model expands after
+    `update` (multi-head latent attention), it returns prompt and own ones joined.
+    """
 
-    def __init__(self, visible: tuple[Tensor, Tensor] | None, start: int, rows: int, is_sliding: bool):
-        super().__init__()
-        if visible is not None:
-            self.keys, self.values = visible
+    supports_early_init = False
+    is_croppable = True
+
+    def __init__(self, base: CacheLayerMixin, max_cache_len: int | None, compressed: bool):
+        self.start: int = base.get_seq_length()
+        self.prefix = None if not self.start else (base.keys, base.values)
+        self.joins_prefix = compressed
+        self.suffix = DynamicLayer() if max_cache_len is None else StaticLayer(max_cache_len - self.start)
+        self.is_sliding = bool(getattr(base, "is_sliding", False))
+        self.is_compileable = max_cache_len is not None
         self.is_initialized = True
-        self.is_sliding = is_sliding
-        self.start = start
-        self.rows = rows
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self.suffix.keys
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.suffix.values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         return None
@@ -130,21 +179,89 @@ class _ReadOnlyLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
+        own = self.suffix.update(key_states, value_states)
+        if not self.joins_prefix or self.prefix is None:
+            return own
+        streams = key_states.shape[0] // self.prefix[0].shape[0]
+        first, second = (
+            torch.cat([prompt.repeat(streams, 1, 1, 1), each], dim=2)
+            for prompt, each in zip(self.prefix, own, strict=True)
+        )
+        return first, second
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        assert self.keys is not None
-        seen = self.keys.shape[-2]
-        return seen, self.start + self.rows - seen
+        kept = 0 if self.prefix is None else self.prefix[0].shape[2]  # a sliding layer has let go of the oldest ones
+        return kept + self.suffix.get_mask_sizes(query_length)[0], self.start - kept
 
     def get_seq_length(self) -> int:
-        """Tokens before the rows of this pass."""
-        return self.start
+        return self.start + self.suffix.get_seq_length()
 
     def get_max_length(self) -> int:
-        return -1
+        longest = self.suffix.get_max_length()
+        return longest if longest < 0 else self.start + longest
+
+    def crop(self, tokens_to_remove: int) -> None:
+        own = self.suffix.get_seq_length()
+        if -tokens_to_remove > own:
+            raise ValueError(f"cannot take back {-tokens_to_remove} tokens: only {own} are not of the prompt")
+        self.suffix.crop(tokens_to_remove)
+
+    def select_sequences(self, indices: Tensor, batch: int) -> None:
+        if self.prefix is not None:
+            self.prefix = tuple(each.index_select(0, indices.to(each.device)) for each in self.prefix)
+        if self.suffix.keys is not None:
+            _select_rows(self.suffix, _rows_of_streams(indices, batch, self.suffix.keys.shape[0]))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.prefix is not None:
+            self.prefix = tuple(each.repeat_interleave(repeats, dim=0) for each in self.prefix)
+        if self.suffix.keys is not None:
+            self.suffix.batch_repeat_interleave(repeats)
 
 
-class ReadOnlyCache(Cache):
-    """A cache that is read and never written: the base K/V as the Q stream sees them in `shared` mode."""
+def base_layers(cache: Cache, kv_mode: KVMode) -> list[CacheLayerMixin]:
+    """Layers that continue those of a cache of the base model, which they leave alone: they grow by concatenation.
+    None of an empty cache.
+
+    Raises:
+        ValueError: the cache is of another kind, or the mode is `separate`.
+    """
+    if type(cache) is not DynamicCache or cache.offloading:
+        kind = type(cache).__name__
+        raise ValueError(
+            f"the cache is {'an offloaded' if kind == 'DynamicCache' else 'a'} {kind}; give the one that an earlier "
+            "generate(..., return_dict_in_generate=True) of this model returned, or a DynamicCache that the base model "
+            "filled"
+        )
+    if not cache.layers or not cache.get_seq_length():
+        return []
+    if kv_mode == "separate":
+        raise ValueError(
+            "a cache of the base model has no K/V of the Q stream, which kv_mode='separate' needs: give the one that "
+            "an earlier generate(..., return_dict_in_generate=True) of this model returned"
+        )
+    return [copy.copy(layer) for layer in cache.layers]
+
+
+def repeats_for(cache: Cache, batch: int) -> int:
+    """How often each sequence of a cache is to be repeated for a batch.
+
+    Raises:
+        ValueError: the batch is no multiple of the sequences in the cache.
+    """
+    rows = next((layer.keys.shape[0] for layer in cache.layers if layer.keys is not None), batch)
+    if batch % rows:
+        raise ValueError(f"the cache holds {rows} sequences, {batch} are to be generated: give one, or as many")
+    return batch // rows
+
+
+def _rows_of_streams(indices: Tensor, batch: int, rows: int) -> Tensor:
+    """Row indices that pick the sequences `indices` in every stream."""
+    offsets: Iterable[int] = range(0, rows, batch)
+    return torch.cat([indices + offset for offset in offsets])
+
+
+def _select_rows(layer: CacheLayerMixin, rows: Tensor) -> None:
+    assert layer.keys is not None and layer.values is not None
+    layer.keys = layer.keys.index_select(0, rows.to(layer.keys.device))
+    layer.values = layer.values.index_select(0, rows.to(layer.values.device))

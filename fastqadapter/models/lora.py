@@ -63,15 +63,19 @@ class LeanLoraLinear(LoraLinear):
         return AddLowRankFunction.apply(y, x, lora_a, lora_b, self.scaling[adapter])
 
     def _plain_adapter(self, x: Tensor) -> str | None:
-        """The one active adapter where it is plain: no DoRA or other variant, no dropout, no bias, not merged."""
+        """The one active adapter, where it is plain."""
         active = self.active_adapters
-        if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
+        if self.disable_adapters or len(active) != 1 or active[0] not in self.lora_A:
             return None
-        [adapter] = active
+        return active[0] if self.is_plain(active[0]) else None
+
+    def is_plain(self, adapter: str) -> bool:
+        """Whether the adapter is two products: no DoRA or other variant, no dropout, no bias, not merged, and no
+        autocast."""
         dropout = self.lora_dropout[adapter]
         noisy = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
         special = adapter in self.lora_variant or self.lora_B[adapter].bias is not None
-        return None if noisy or special or torch.is_autocast_enabled(x.device.type) else adapter
+        return not (noisy or special or self.merged or torch.is_autocast_enabled(self.weight.device.type))
 
 
 def use_lean_lora(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 from fastqadapter.config import KVMode, QAdapterConfig, write_sidecar
 from fastqadapter.loss import q_adapter_loss
 from fastqadapter.models import base
+from fastqadapter.models.dials import Dials, Weight, checked_weight
 from fastqadapter.models.loading import (
     HUB_ARGUMENTS,
     adapter_folder,
@@ -34,7 +35,7 @@ from fastqadapter.models.loading import (
     read_adapter_folder,
     weight_errors,
 )
-from fastqadapter.models.policy import Dials, Policy, customised
+from fastqadapter.models.policy import Policy, customised
 from fastqadapter.models.streams import TwoStreams, check_servable, lock_of
 from fastqadapter.packing import PackedPairs
 
@@ -154,7 +155,7 @@ class QAdapterModel(PeftModelForCausalLM):
         *args: Any,
         alpha_0: float | None = None,
         alpha_tilde: float | None = None,
-        adapters: Mapping[str, float] | None = None,
+        adapters: Mapping[str, Weight] | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate`, with the customised policy `softmax((q + alpha_0 log pi) / alpha_tilde)`.
@@ -173,27 +174,27 @@ class QAdapterModel(PeftModelForCausalLM):
         with customised(model, self._policy(alpha_0, alpha_tilde, adapters)):
             return model.generate(*args, **kwargs)
 
-    def _policy(self, alpha_0: float | None, alpha_tilde: float | None, adapters: Mapping[str, float] | None) -> Policy:
+    def _policy(
+        self, alpha_0: float | None, alpha_tilde: float | None, adapters: Mapping[str, Weight] | None
+    ) -> Policy:
         if self._adapters_are_off:
             return Policy(self.get_base_model(), self.streams, Dials(alpha_0=1.0, alpha_tilde=1.0, weights={}))
         if adapters is not None and not isinstance(adapters, Mapping):
             raise ValueError(
                 f"adapters={adapters!r} is a {type(adapters).__name__}; give a weight by name: {{'default': 1.0}}"
             )
-        weights = {self.active_adapter: 1.0} if adapters is None else dict(adapters)
+        weights: dict[str, Weight] = {self.active_adapter: 1.0} if adapters is None else dict(adapters)
         unknown = sorted(set(weights) - set(self.peft_config))
         if unknown:
             raise ValueError(f"adapters {unknown} are not loaded; loaded are {sorted(self.peft_config)}")
-        for name, weight in weights.items():
-            if not isinstance(weight, (int, float)) or not abs(weight) < float("inf"):
-                raise ValueError(f"adapters={{{name!r}: {weight!r}}}: the weight is not a finite number")
-        [*others, last] = weights or [self.active_adapter]
+        checked = {name: checked_weight(name, weight) for name, weight in weights.items()}
+        [*others, last] = checked or [self.active_adapter]
         config = self.qadapter_config if others else self.qadapter_configs[last]
         heads = {self.qadapter_configs[name].q_head for name in weights}
         dials = Dials(
             alpha_0=config.alpha_0 if alpha_0 is None else alpha_0,
             alpha_tilde=config.alpha_tilde if alpha_tilde is None else alpha_tilde,
-            weights=weights,
+            weights=checked,
             q_head="logits" if "logits" in heads else "difference",
         )
         return Policy(self.get_base_model(), self.streams, dials)

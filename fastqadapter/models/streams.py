@@ -24,6 +24,7 @@ from fastqadapter.config import KVMode
 from fastqadapter.models import base
 from fastqadapter.models.attention import PackedAttention, base_segments, packed_attention_of, q_segments
 from fastqadapter.models.lora import use_lean_lora
+from fastqadapter.models.row_lora import RowLoraLayers
 from fastqadapter.packing import PackedPairs, pack_pairs
 
 # One thread at a time runs streams on a decoder: they switch adapters and attention on the modules themselves.
@@ -43,16 +44,22 @@ class TwoStreams:
     def __init__(self, model: PreTrainedModel, kv_mode: KVMode):
         self.model = model
         self.decoder = base.decoder_of(model)
+        self.decoder_config = self.decoder.config.get_text_config(decoder=True)
         self.layers = base.decoder_layers(self.decoder)
         self.kv_mode = kv_mode
         self.tuner_layers: list[BaseTunerLayer] = []
         self.frozen_modules: list[nn.Module] = []
         self.trunk_depth = 0
+        self.lora_layers: RowLoraLayers
+        self.one_pass_refusal: str | None = None  # why generation takes two passes; see `passes_for`
+        self.is_checked = False
         self.refresh()
 
     def refresh(self) -> None:
         """Look again for adapted layers, after an adapter was added or removed."""
         use_lean_lora(self.decoder)
+        self.lora_layers = RowLoraLayers(self.decoder)
+        self.is_checked = False
         self.tuner_layers = [module for _, module in base.tuner_layers(self.decoder)]
         self.frozen_modules = base.frozen_modules(self.model)
         self.trunk_depth = base.first_adapted_layer(self.layers)
@@ -181,34 +188,41 @@ def check_servable(model: PreTrainedModel, kv_mode: KVMode) -> None:
         ValueError: the packed passes fail on this architecture, or compute something else.
     """
     streams = TwoStreams(model, kv_mode)
-    weight = model.get_input_embeddings().weight
     streams.trunk_depth = 0  # without an adapter all layers would be trunk, and the Q pass empty
-    # Ordinary tokens from all over the vocabulary: special ones in a row make the activations chaotic.
-    tenth = weight.shape[0] / 10
-    prompt, chosen, rejected = ([int(tenth * part) for part in parts] for parts in ((1, 2, 3), (4, 5, 6), (7, 8)))
-    batch = pack_pairs([(prompt, chosen, rejected)])
-    tokens = torch.tensor([prompt + chosen[:-1], prompt + rejected], device=weight.device)
+    tokens = ordinary_tokens(model, [(1, 2, 3, 4, 5), (1, 2, 3, 7, 8)])
+    [first, second] = tokens.tolist()
+    batch = pack_pairs([(first[:3], [*first[3:], second[4]], second[3:])])
     name = type(model).__name__
     try:
         with attributes(model.modules(), training=False):
             hidden_states = streams.decoder(input_ids=tokens, use_cache=False).last_hidden_state
-            hidden_q, hidden_b = streams.packed_hidden_states(batch.to(weight.device))
+            hidden_q, hidden_b = streams.packed_hidden_states(batch.to(tokens.device))
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(f"{name} cannot be served with kv_mode={kv_mode!r}: {error}") from error
     expected = torch.cat([hidden_states[0, 2:], hidden_states[1, 3:4]]).float()
-    # Another function is off by 1 or so; rounding by 5e-7 in fp32, by 0.014 in bf16 (SmolLM2-135M, 30 layers).
-    dtypes = {parameter.dtype for parameter in streams.decoder.parameters()}
-    exact = dtypes <= {torch.float32, torch.float64} and not getattr(model, "is_quantized", False)
-    tolerance = 1e-3 if exact else 0.3
     for stream in (hidden_b, hidden_q):
         difference = float((stream.float() - expected).norm() / expected.norm())
-        if not difference <= tolerance:
+        if not difference <= tolerance_of(streams):
             raise ValueError(
                 f"{name} attends in a way that packed passes do not know (relative difference {difference:.2g} with "
                 f"kv_mode={kv_mode!r}); try attn_implementation='eager', or report the architecture"
             )
+
+
+def ordinary_tokens(model: PreTrainedModel, tenths: list[tuple[int, ...]]) -> Tensor:
+    """Token ids at so many tenths of the vocabulary: special ones in a row make the activations chaotic."""
+    weight = model.get_input_embeddings().weight
+    return (torch.tensor(tenths, device=weight.device) * weight.shape[0]) // 10
+
+
+def tolerance_of(streams: TwoStreams) -> float:
+    """Relative difference that rounding may make. Another function is off by 1 or so; rounding by 5e-7 in fp32, by
+    0.014 in bf16 (SmolLM2-135M, 30 layers)."""
+    dtypes = {parameter.dtype for parameter in streams.decoder.parameters()}
+    exact = dtypes <= {torch.float32, torch.float64} and not getattr(streams.model, "is_quantized", False)
+    return 1e-3 if exact else 0.3
 
 
 _MISSING = object()

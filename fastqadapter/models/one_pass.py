@@ -1,0 +1,126 @@
+"""One forward for all streams: rows [base; adapter 1; adapter 2; ...] of the same tokens.
+
+Weights are read once; each adapter acts on its own rows (`row_lora`), K/V are kept once where the mode shares them
+(`cache`), attention reads them once (`stream_attention`). Where a mode needs no Q-value of a token, its rows are the
+base's alone: all of the prompt but its last token in `shared` and `prompt` mode. Layers below the first adapted one,
+the trunk, run on the base's rows alone in every mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from fastqadapter.models import stream_attention
+from fastqadapter.models.attention import attention_of
+from fastqadapter.models.cache import CACHE_NAME, StreamCache
+from fastqadapter.models.row_lora import StreamRows
+from fastqadapter.models.step import Step, check_prompt_end, check_response
+from fastqadapter.models.streams import TwoStreams, attributes
+
+
+class OnePass:
+    """Runs the base stream and those of `adapters` on one model, in one pass a step."""
+
+    def __init__(self, streams: TwoStreams, adapters: tuple[str, ...]):
+        self.streams = streams
+        self.adapters = adapters
+        self.rows = StreamRows(adapters)
+
+    def new_cache(self, max_cache_len: int | None = None) -> StreamCache:
+        """An empty cache; of fixed size, for compiled decoding, where `max_cache_len` is given."""
+        return StreamCache(self.streams.decoder_config, self.streams.kv_mode, max_cache_len)
+
+    def accepted_cache(self, cache: Cache, batch: int) -> StreamCache:
+        """`cache` if a call of this model made it, else what goes on from K/V of the base."""
+        if isinstance(cache, StreamCache):
+            return cache
+        return StreamCache.from_base(cache, self.streams.decoder_config, self.streams.kv_mode, batch)
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Set the model up for passes; once a call, so that the steps themselves are nothing but a forward."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.streams.lora_layers.on_rows(self.rows))
+            stack.enter_context(self.streams.without_checkpointing())
+            if self.adapters:  # without, this is the base model, with its own attention
+                stack.enter_context(attention_of(self.streams.decoder, stream_attention.NAME))
+                stack.enter_context(self._trunk_on_base_rows())
+            yield
+
+    def hidden_states(self, step: Step, cache: StreamCache, rows: int | None) -> Tensor:
+        """Last hidden states (S, B, rows, D) of the last `rows` tokens (None: of all) in each stream, base first."""
+        kept = step.length if rows is None else min(rows, step.length)
+        mode = self.streams.kv_mode
+        if mode == "separate" or not self.adapters:
+            return self._run(step, cache, self.adapters)[:, :, -kept:]
+        if mode == "prompt" and cache.is_forked:
+            check_response(step, kept)
+        elif mode == "prompt":
+            check_prompt_end(step, rows)
+        if kept < step.length:
+            with torch.no_grad():
+                self._run(step.but_last(kept), cache, ())
+        if mode == "prompt" and not cache.is_forked:
+            cache.fork(self.adapters)
+        return self._run(step.last(kept), cache, self.adapters)
+
+    def _run(self, step: Step, cache: StreamCache, adapters: tuple[str, ...]) -> Tensor:
+        """One pass: last hidden states (S, B, L, D)."""
+        streams = 1 + len(adapters)
+        cache.begin(step.batch, adapters)
+        self.rows.streams = streams
+        inputs = {**step.repeat(streams).decoder_inputs(), CACHE_NAME: cache}
+        if self.adapters:
+            inputs["stream_cache"] = cache
+        hidden = self.streams.decoder(**inputs, use_cache=True).last_hidden_state
+        return hidden.unflatten(0, (streams, step.batch))
+
+    @contextlib.contextmanager
+    def _trunk_on_base_rows(self) -> Iterator[None]:
+        """Let the layers below the first adapted one see the rows of the base alone."""
+        trunk = self.streams.layers[: self.streams.trunk_depth]
+        with contextlib.ExitStack() as stack:
+            for index, layer in enumerate(trunk):
+                forward: Any = layer.forward
+                if isinstance(forward, TrunkForward):  # a call inside another one, from a callback of `generate`
+                    forward = forward.forward
+                forward = TrunkForward(forward, self.rows, index == 0, index == len(trunk) - 1)
+                stack.enter_context(attributes([layer], forward=forward))
+            yield
+
+
+class TrunkForward:
+    """Forward of a layer of the trunk: the first one drops all rows but the base's, the last one repeats its output for
+    every stream."""
+
+    def __init__(self, forward: Callable[..., Any], rows: StreamRows, first: bool, last: bool):
+        self.forward = forward
+        self.rows = rows
+        self.first = first
+        self.last = last
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        streams = self.rows.streams
+        if streams == 1:
+            return self.forward(hidden_states, *args, **kwargs)
+        batch = hidden_states.shape[0] // streams if self.first else hidden_states.shape[0]
+
+        def narrow(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(narrow, value))
+            of_rows = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == streams * batch
+            return value[:batch] if of_rows else value
+
+        kwargs = {name: narrow(value) for name, value in kwargs.items()}
+        output = self.forward(hidden_states[:batch], *map(narrow, args), **kwargs)
+        if not self.last:
+            return output
+        if isinstance(output, tuple):
+            return (output[0].repeat(streams, 1, 1), *output[1:])
+        return output.repeat(streams, 1, 1)

@@ -1,0 +1,198 @@
+"""Attention while generating, several streams at once.
+
+Registered with transformers' attention interface under the name `fqa_streams`; the modelling files stay as they are.
+A pass over S streams of B sequences has S * B query rows, those of the base first. Where the K/V are the base's, B
+rows, the query heads of all streams that read the same K/V head become one group, so K/V are read once. Head `h` reads
+K/V head `h // g`, so the streams go inside the groups: index `kv * (S * g) + s * g + j`; streams behind one another
+on the head axis would read wrong K/V heads.
+
+In `prompt` mode the K/V of the prompt are the base's and those behind it each stream's own: two calls, merged by their
+log-sum-exps.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from fastqadapter.models.scores import ScoreRule, explicit_attention
+
+if TYPE_CHECKING:
+    from fastqadapter.models.cache import StreamCache
+
+NAME = "fqa_streams"
+_cpu_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def stream_attention(
+    module: nn.Module,
+    query: Tensor,  # (S B, Hq, L, Dh)
+    key: Tensor,  # (B or S B, Hkv, T, Dh)
+    value: Tensor,  # (B or S B, Hkv, T, Dv)
+    attention_mask: Tensor | None,  # bool, (B or S B, 1, L, T), with the prompt's keys first in `prompt` mode
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (Hq,) attention sinks
+    stream_cache: StreamCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # (S B, L, Hq, Dv)
+    """Attention of one layer for all streams, in the signature of transformers' attention interface. No dropout: the
+    base is frozen, and the Q stream is compared with it."""
+    unknown = [name for name in ("position_bias", "indices") if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"{type(module).__name__} attends with {unknown}, which one pass for all streams cannot serve")
+    rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    prefix = None if stream_cache is None else stream_cache.prefix(module.layer_idx)  # type: ignore[arg-type]
+    if prefix is None:
+        return _attend(query, key, value, attention_mask, rule)[0], None
+    prompt_key, prompt_value = prefix
+    prompt_mask, own_mask = None, None
+    if attention_mask is not None:
+        prompt_mask, own_mask = attention_mask.split([prompt_key.shape[2], key.shape[2]], dim=-1)
+    prompt_part = _attend(query, prompt_key, prompt_value, prompt_mask, rule, with_lse=True)
+    if rule.sinks is not None:  # once, not in both parts
+        rule = ScoreRule(rule.scaling, rule.window, rule.softcap)
+    return _merge(prompt_part, _attend(query, key, value, own_mask, rule, with_lse=True)), None
+
+
+def _merge(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention over two sets of keys from the attention over each: `o = sum_i exp(lse_i - lse) o_i`."""
+    (output, lse), (other, other_lse) = one, two
+    # (S B, Hq, L) -> (S B, L, Hq, 1); no row is without any key, so the denominator is finite.
+    share = torch.sigmoid(lse - other_lse).transpose(1, 2)[..., None]
+    return (share * output + (1 - share) * other).to(output.dtype)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: ScoreRule, with_lse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Output (S B, L, Hq, Dv) and, where asked for, its log-sum-exp (S B, Hq, L); -inf where no key is in sight."""
+    rows, heads, length, _ = query.shape
+    streams, kv_heads = rows // key.shape[0], key.shape[1]
+    mask = _fit_rows(mask, key.shape[0])
+    grouped = fold(query, streams, kv_heads)  # (B, Hkv, S g, L, Dh)
+    causal = length > 1 and mask is None
+    if causal and key.shape[2] > length:
+        causal, mask = False, _bottom_right(length, key.shape[2], rule.window, query.device)
+    lse = query.new_empty(0)
+    if rule.sinks is None and _can_use_flash(query, value, mask):
+        output, lse = _flash(grouped.flatten(1, 2), key, value, rule)
+    elif not rule.is_plain or (with_lse and not _can_use_cpu_kernel(query, value)):
+        if causal:
+            mask = _bottom_right(length, length, rule.window, query.device)
+        if rule.sinks is not None:
+            sinks = rule.sinks.view(kv_heads, 1, -1).expand(-1, streams, -1).flatten()
+            rule = ScoreRule(rule.scaling, rule.window, rule.softcap, sinks)
+        output, lse = explicit_attention(grouped.flatten(1, 2), key, value, mask, rule)
+    else:
+        # One query token: the streams' heads are rows of one product with their K/V head.
+        one = length == 1
+        q = grouped.flatten(2, 3) if one else grouped.flatten(1, 2)
+        if with_lse:
+            output, lse = _cpu_attention_with_lse(q, key, value, mask, causal, rule.scaling)
+        else:
+            output = F.scaled_dot_product_attention(
+                q, key, value, attn_mask=mask, is_causal=causal, scale=rule.scaling, enable_gqa=not one
+            )
+    if with_lse:
+        lse = unfold(lse.reshape(key.shape[0], kv_heads, -1, length, 1), streams)[..., 0].transpose(1, 2)
+    return unfold(output.reshape(key.shape[0], kv_heads, -1, length, value.shape[-1]), streams), lse
+
+
+def fold(query: Tensor, streams: int, kv_heads: int) -> Tensor:
+    """(S B, Hq, L, Dh) -> (B, Hkv, S g, L, Dh): the heads of all streams that read the same K/V head side by side."""
+    rows, heads, length, size = query.shape
+    batch, group = rows // streams, heads // kv_heads
+    apart = query.reshape(streams, batch, kv_heads, group, length, size)
+    return apart.permute(1, 2, 0, 3, 4, 5).reshape(batch, kv_heads, streams * group, length, size)
+
+
+def unfold(output: Tensor, streams: int) -> Tensor:
+    """(B, Hkv, S g, L, Dv) -> (S B, L, Hq, Dv), the inverse of `fold` in the layout that the layers expect."""
+    batch, kv_heads, heads, length, size = output.shape
+    apart = output.reshape(batch, kv_heads, streams, heads // streams, length, size)
+    return apart.permute(2, 0, 4, 1, 3, 5).reshape(streams * batch, length, kv_heads * heads // streams, size)
+
+
+def _fit_rows(mask: Tensor | None, rows: int) -> Tensor | None:
+    """The mask for the rows of the K/V: all streams of a sequence see the same positions."""
+    if mask is None or mask.shape[0] in (1, rows):
+        return mask
+    return mask[:rows] if mask.shape[0] > rows else mask.repeat(rows // mask.shape[0], 1, 1, 1)
+
+
+def _bottom_right(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(1, 1, queries, keys) bool: the last query sees all keys, the one before it all but the last, ..."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    seen = distance >= 0
+    return (seen if window is None else seen & (distance < window))[None, None]
+
+
+def _can_use_cpu_kernel(query: Tensor, value: Tensor) -> bool:
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+
+
+def _cpu_attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """torch's CPU kernel, which SDPA calls too, asked for its log-sum-exp."""
+    additive = None
+    if mask is not None:
+        additive = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    output, lse = _cpu_kernel(query, key, value, 0.0, causal, attn_mask=additive, scale=scaling)
+    if mask is not None:  # where no key is in sight, torch 2.13 gives output 0 and lse 0
+        lse = lse.masked_fill(~mask.any(dim=-1), -torch.inf)
+    return output, lse
+
+
+# --- flash-attn, where it is installed --------------------------------------------------------------------------------
+
+
+@functools.cache
+def flash_attn_func() -> Any:
+    """flash-attn's function, or None."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    from flash_attn import flash_attn_func as function
+
+    return function
+
+
+def _can_use_flash(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """flash-attn knows no mask but the bottom-right causal one, and no other dtypes and sizes."""
+    fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] == value.shape[-1] <= 256
+    return query.is_cuda and mask is None and fits and not query.requires_grad and flash_attn_func() is not None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:
+    """flash-attn over the folded heads: (B, Hkv S g, L, Dh) -> the same and its log-sum-exp (B, Hkv S g, L)."""
+    window = (-1, -1) if rule.window is None else (rule.window - 1, 0)
+    output, lse, _ = flash_attn_func()(
+        *(tensor.transpose(1, 2) for tensor in (query, key, value)),  # (B, length, heads, size)
+        softmax_scale=rule.scaling,
+        causal=True,
+        window_size=window,
+        softcap=rule.softcap or 0.0,
+        return_attn_probs=True,
+    )
+    return output.transpose(1, 2), lse
+
+
+def _stream_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for SDPA; left out only where causal attention needs none, never for a static cache's empty
+    rest."""
+    skip = kwargs.get("allow_is_causal_skip", True) and kwargs["q_length"] in (1, kwargs["kv_length"])
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": skip})
+
+
+AttentionInterface.register(NAME, stream_attention)
+AttentionMaskInterface.register(NAME, _stream_mask)
