@@ -332,7 +332,7 @@ def test_models_without_an_lm_head() -> None:
         ({CACHE_NAME: StaticCache(tiny_base("llama").config, 9)}, "the cache is a StaticCache; give.*DynamicCache"),
         ({CACHE_NAME: DynamicCache(offloading=True)}, "the cache is an offloaded DynamicCache"),
         ({CACHE_NAME: DynamicCache(), "cache_implementation": "static"}, "'static' is for a new cache, and one was"),
-        ({"adapters": {"default": [1.0, 0.5]}}, "2 weights of 'default' for 1 sequences"),
+        ({"adapters": {"default": [1.0, 0.5]}}, "2 weights of one adapter for 1 sequences"),
         ({"adapters": {"default": [1.0, float("nan")]}}, "nan.*not a finite number"),
         ({"adapters": {"default": []}}, "not a finite number"),
         ({"adapters": {"default": [0.5, -1e300]}}, "default: -1e\\+300 / alpha_tilde .*argmax"),

@@ -82,6 +82,25 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         },
         ("q_proj", "k_proj", "v_proj", "o_proj"),
     ),
+    "mistral": ("Mistral", {"head_dim": 8, "sliding_window": 4}, _LLAMA_TARGETS),  # every layer slides
+    "deepseek_v3": (  # the cache keeps K/V compressed; mixture of experts
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 6,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+        },
+        ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+    ),
     "cohere": ("Cohere", {"logit_scale": 0.25}, _LLAMA_TARGETS),  # scaled logits
     "granite": ("Granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5}, _LLAMA_TARGETS),  # divided logits
     "phi": ("Phi", {"num_key_value_heads": 4}, ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")),  # head bias
@@ -108,7 +127,8 @@ def tiny_base(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **se
 
 def lora_targets(name: str, kv_mode: str) -> list[str]:
     """All linear layers of the decoder that the mode allows."""
-    return [target for target in ARCHITECTURES[name][2] if kv_mode != "shared" or target not in ("k_proj", "v_proj")]
+    keys_and_values = {"shared": ("k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj"), "prompt": ("kv_b_proj",)}
+    return [target for target in ARCHITECTURES[name][2] if target not in keys_and_values.get(kv_mode, ())]
 
 
 def lora_config(name: str, kv_mode: str, **settings: Any) -> LoraConfig:

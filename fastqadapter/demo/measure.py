@@ -63,12 +63,12 @@ def kl_from_base(model: QAdapterModel, batch: PackedPairs, strength: float = 1.0
     hidden_q, hidden_b = model.hidden_states(batch.to(model.device))
     head = lm_head_of(model.get_base_model())
     dials = Dials(config.alpha_0, config.alpha_tilde, {"default": strength}, config.q_head or "difference")
-    base_dials = Dials(1.0, 1.0, {}, "difference")
+    base_mixture, mixture = Dials(1.0, 1.0, {}, "difference").mixture(head), dials.mixture(head)
     total = 0.0
     for rows in torch.arange(hidden_b.shape[0], device=hidden_b.device).split(256):
         hidden = torch.stack([hidden_b[rows], hidden_q[rows]])[:, None]  # (S, B, L, D)
-        base = combined_logits(hidden[:1], head, base_dials).float()
-        customised = combined_logits(hidden[: 1 + len(dials.adapters)], head, dials).float()
+        base = combined_logits(hidden[:1], head, base_mixture).float()
+        customised = combined_logits(hidden[: len(mixture.shares)], head, mixture).float()
         log_pi, log_policy = F.log_softmax(base, dim=-1), F.log_softmax(customised, dim=-1)
         total += (log_pi.exp() * (log_pi - log_policy)).sum().item()
     return total / hidden_b.shape[0]

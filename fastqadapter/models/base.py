@@ -24,6 +24,13 @@ logger = logging.getLogger(__name__)
 # Layers whose output is keys or values and nothing else. A fused qkv is not among them: its K/V rows are not read in
 # `shared` mode, so the adapter on them is dead weight but does no harm.
 KV_MODULES = frozenset({"k_proj", "v_proj", "kv_proj", "kv_a_proj_with_mqa", "kv_b_proj", "key", "value", "wk", "wv"})
+# Layers that expand the compressed K/V of the cache: where the prompt's are the base's, they must stay the base's too.
+KV_EXPANSIONS = frozenset({"kv_b_proj"})
+FORBIDDEN_TARGETS: dict[str, frozenset[str]] = {
+    "separate": frozenset(),
+    "prompt": KV_EXPANSIONS,
+    "shared": KV_MODULES,
+}
 # A router decides which expert sees a token; PEFT leaves it alone in "all-linear" too.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 # Attention that packed segments can express; recurrent or convolutional layers would mix neighbouring sequences.
@@ -153,11 +160,11 @@ def silence_own_dropout(decoder: PreTrainedModel) -> None:
 
 
 def default_targets(model: PreTrainedModel, kv_mode: KVMode) -> set[str] | str:
-    """LoRA targets where the user names none: all linear layers of the decoder layers, without K/V in `shared` mode.
+    """LoRA targets where the user names none: all linear layers of the decoder layers that the mode allows.
 
     The last parts of their names; a regular expression where other modules, as of a vision tower, have the same names.
     """
-    forbidden = ROUTERS | (KV_MODULES if kv_mode == "shared" else frozenset())
+    forbidden = ROUTERS | FORBIDDEN_TARGETS[kv_mode]
     layers = decoder_layers(decoder_of(model))
     inside = {id(module) for module in layers.modules()}
     wrappers = {name for name, _ in tuner_layers(layers)}  # of adapters that are there already
@@ -195,10 +202,11 @@ def check_targets(model: PreTrainedModel, kv_mode: KVMode) -> None:
                 f"adapter on {name!r}: the LM head and the embeddings are frozen and shared by both streams; "
                 "target linear layers of the decoder only"
             )
-        if kv_mode == "shared" and name.rpartition(".")[2] in KV_MODULES:
+        if name.rpartition(".")[2] in FORBIDDEN_TARGETS[kv_mode]:
+            others = "'separate' or 'prompt'" if kv_mode == "shared" else "'separate'"
             raise ValueError(
-                f"adapter on {name!r}: with kv_mode='shared' the Q stream reads the base model's keys and values, so "
-                "an adapter on k or v has no effect; target q, o and MLP layers, or use kv_mode='separate' or 'prompt'"
+                f"adapter on {name!r}: with kv_mode={kv_mode!r} the Q stream reads keys and values of the base model, "
+                f"so an adapter here is ignored or wrong; target q, o and MLP layers, or use kv_mode={others}"
             )
         for attribute in module.adapter_layer_names:
             adapted |= {id(parameter) for parameter in getattr(module, attribute).parameters()}

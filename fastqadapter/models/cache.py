@@ -49,6 +49,7 @@ class StreamCache(Cache):
         self.max_cache_len = max_cache_len
         self.layers: list[Any]
         super().__init__(layers=self._empty_layers() if layers is None else layers)
+        self.takes_padding_mask = False  # for a pass that is split in two, whose masks the decoder makes itself
         self.batch = 0
         self.adapters: tuple[str, ...] | None = None  # whose K/V are in the rows behind the base's
         self._compressed = getattr(config, "kv_lora_rank", None) is not None
@@ -74,7 +75,8 @@ class StreamCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        return self.max_cache_len is not None
+        """For transformers: compile decoding, and prepare masks of four dimensions for it."""
+        return self.max_cache_len is not None and not self.takes_padding_mask
 
     @property
     def is_forked(self) -> bool:

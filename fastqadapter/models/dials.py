@@ -60,10 +60,49 @@ class Dials:
         """The adapters whose stream is run: weight 0 means "not there"."""
         return tuple(name for name, weight in self.weights.items() if isinstance(weight, Tensor) or weight != 0.0)
 
-    def shares(self, streams: int, batch: int) -> list[float | Tensor]:
-        """What each stream's hidden states are multiplied by, those of the base last: a number, or (batch, 1, 1)."""
-        weights = [_of_rows(name, self.weights[name], batch) for name in self.adapters[: streams - 1]]
-        return [*weights, self.alpha_0]
+    def mixture(self, head: LMHead) -> Mixture:
+        """The dials as tensors beside the LM head."""
+        per_row = [weight for weight in self.weights.values() if isinstance(weight, Tensor)]
+        length = len(per_row[0]) if per_row else 1
+        if any(len(weight) != length for weight in per_row):
+            counts = {name: len(weight) for name, weight in self.weights.items() if isinstance(weight, Tensor)}
+            raise ValueError(f"adapters: as many weights for one as for another, not {counts}")
+        shares = torch.empty(1 + len(self.adapters), length, dtype=torch.float64)
+        for row, share in zip(shares, (self.alpha_0, *map(self.weights.__getitem__, self.adapters)), strict=True):
+            row[:] = torch.as_tensor(share)
+        shares = (shares / self.alpha_tilde).to(head.weight.device, accumulation_dtype(head.weight.dtype))
+        return Mixture(shares, self.q_head == "difference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """What the streams are multiplied by before they are added up. Tensors: compiled decoding serves any numbers."""
+
+    shares: Tensor  # (S, 1), or (S, sequences): alpha_0 / alpha_tilde, then w_i / alpha_tilde
+    difference: bool
+
+    def of_rows(self, batch: int) -> Tensor:
+        """(S, 1 or batch, 1, 1); beams and further sequences of one prompt stand side by side, as `generate` has them.
+
+        Raises:
+            ValueError: weights for another number of sequences.
+        """
+        given = self.shares.shape[1]
+        if batch % given:
+            raise ValueError(
+                f"adapters: {given} weights of one adapter for {batch} sequences: give one, or one for each"
+            )
+        shares = self.shares if given == 1 else self.shares.repeat_interleave(batch // given, dim=1)
+        return shares[..., None, None]
+
+    def combine(self, streams: Tensor) -> Tensor:
+        """`sum_i w_i q^i + alpha_0 b`, over alpha_tilde; `streams` (S, B, L, any), the base's first."""
+        base_share, *shares = self.of_rows(streams.shape[1])
+        base, *others = streams
+        total = base_share * base
+        for share, other in zip(shares, others, strict=True):
+            total = total + share * (other - base if self.difference else other)
+        return total
 
 
 def checked_weight(name: str, weight: Any) -> float | Tensor:
@@ -82,37 +121,17 @@ def checked_weight(name: str, weight: Any) -> float | Tensor:
     return torch.tensor(values, dtype=torch.float64) if several else float(values[0])
 
 
-def _of_rows(name: str, weight: float | Tensor, batch: int) -> float | Tensor:
-    """A weight for each row; beams and further sequences of one prompt stand side by side, as `generate` has them."""
-    if not isinstance(weight, Tensor):
-        return weight
-    if batch % len(weight):
-        raise ValueError(
-            f"adapters: {len(weight)} weights of {name!r} for {batch} sequences: give one, or one for each"
-        )
-    return weight.repeat_interleave(batch // len(weight))[:, None, None]
-
-
-def combined_logits(hidden: Tensor, head: LMHead, dials: Dials) -> Tensor:
+def combined_logits(hidden: Tensor, head: LMHead, mixture: Mixture) -> Tensor:
     """Logits (B, L, V) of the customised policy, up to a constant of each row, from the last hidden states of the
-    streams (S, B, L, D), the base's first and then those of `dials.adapters`."""
+    streams (S, B, L, D), the base's first and then those of the dials' adapters."""
     dtype = accumulation_dtype(head.weight.dtype)
-    *weights, alpha_0 = dials.shares(*hidden.shape[:2])
-    difference = dials.q_head == "difference"
-
-    def combine(base: Tensor, *others: Tensor) -> Tensor:
-        total = alpha_0 * base
-        for weight, q in zip(weights, others, strict=True):
-            weight = weight.to(q.device) if isinstance(weight, Tensor) else weight
-            total = total + weight * (q - base if difference else q)
-        return total
-
     if head.softcap is not None:
         products = F.linear(hidden.to(head.weight.dtype), head.weight).to(dtype)
-        return combine(*head.scale_and_cap(products, head.bias)) / dials.alpha_tilde
-    scaled = combine(*hidden.to(dtype)) * (head.logit_scale / dials.alpha_tilde)
-    logits = F.linear(scaled.to(head.weight.dtype), head.weight)
+        return mixture.combine(head.scale_and_cap(products, head.bias))
+    combined = mixture.combine(hidden.to(dtype)) * head.logit_scale
+    logits = F.linear(combined.to(head.weight.dtype), head.weight)
     if head.bias is None:
         return logits
-    bias_shares = dials.alpha_0 + (0.0 if difference else 1.0)
-    return logits + head.bias * (bias_shares * head.logit_scale / dials.alpha_tilde)
+    shares = mixture.of_rows(hidden.shape[1])  # in a difference the bias cancels
+    bias_share = shares[0] if mixture.difference else shares.sum(dim=0)
+    return logits + head.bias * (bias_share * head.logit_scale).to(logits.dtype)

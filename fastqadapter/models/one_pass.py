@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from fastqadapter.models import stream_attention
@@ -31,6 +31,8 @@ class OnePass:
         self.streams = streams
         self.adapters = adapters
         self.rows = StreamRows(adapters)
+        trunk = streams.layers[: streams.trunk_depth]
+        self.trunk = [TrunkForward(layer, self.rows, layer is trunk[0], layer is trunk[-1]) for layer in trunk]
 
     def new_cache(self, max_cache_len: int | None = None) -> StreamCache:
         """An empty cache; of fixed size, for compiled decoding, where `max_cache_len` is given."""
@@ -48,9 +50,11 @@ class OnePass:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.streams.lora_layers.on_rows(self.rows))
             stack.enter_context(self.streams.without_checkpointing())
+            stack.enter_context(self.streams.running_pass(self.rows))
             if self.adapters:  # without, this is the base model, with its own attention
                 stack.enter_context(attention_of(self.streams.decoder, stream_attention.NAME))
-                stack.enter_context(self._trunk_on_base_rows())
+                for forward in self.trunk:
+                    stack.enter_context(forward.in_place())
             yield
 
     def hidden_states(self, step: Step, cache: StreamCache, rows: int | None) -> Tensor:
@@ -81,29 +85,26 @@ class OnePass:
         hidden = self.streams.decoder(**inputs, use_cache=True).last_hidden_state
         return hidden.unflatten(0, (streams, step.batch))
 
-    @contextlib.contextmanager
-    def _trunk_on_base_rows(self) -> Iterator[None]:
-        """Let the layers below the first adapted one see the rows of the base alone."""
-        trunk = self.streams.layers[: self.streams.trunk_depth]
-        with contextlib.ExitStack() as stack:
-            for index, layer in enumerate(trunk):
-                forward: Any = layer.forward
-                if isinstance(forward, TrunkForward):  # a call inside another one, from a callback of `generate`
-                    forward = forward.forward
-                forward = TrunkForward(forward, self.rows, index == 0, index == len(trunk) - 1)
-                stack.enter_context(attributes([layer], forward=forward))
-            yield
-
 
 class TrunkForward:
     """Forward of a layer of the trunk: the first one drops all rows but the base's, the last one repeats its output for
     every stream."""
 
-    def __init__(self, forward: Callable[..., Any], rows: StreamRows, first: bool, last: bool):
-        self.forward = forward
+    def __init__(self, layer: nn.Module, rows: StreamRows, first: bool, last: bool):
+        self.layer = layer
+        self.forward: Callable[..., Any] = layer.forward
         self.rows = rows
         self.first = first
         self.last = last
+
+    def in_place(self) -> contextlib.AbstractContextManager[None]:
+        """Be the layer's forward inside the context: around the method, or what accelerate's hooks made of it."""
+        before: Any = self.layer.forward
+        while isinstance(before, TrunkForward):  # of a call that this one is made in, from a callback of `generate`
+            before = before.forward
+        if self.forward != before:
+            self.forward = before
+        return attributes([self.layer], forward=self)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         streams = self.rows.streams

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastqadapter.models.base import tuner_layers
 from fastqadapter.models.one_pass import OnePass
 from fastqadapter.models.step import Step
-from fastqadapter.models.streams import TwoStreams, attributes, ordinary_tokens, tolerance_of
+from fastqadapter.models.streams import TwoStreams, attributes, lock_of, ordinary_tokens, tolerance_of
 from fastqadapter.models.two_pass import TwoPass
 
 logger = logging.getLogger(__name__)
@@ -21,14 +21,17 @@ Passes = OnePass | TwoPass
 
 def passes_for(streams: TwoStreams, adapters: tuple[str, ...]) -> Passes:
     """How to run the base stream and those of `adapters`. The first call tries one pass on a few tokens."""
-    if adapters and not streams.is_checked:
-        streams.one_pass_refusal = _module_refusal(streams) or _trial_refusal(streams, adapters)
-        streams.is_checked = True
-        if streams.one_pass_refusal is not None:
-            logger.warning("generation takes two passes, about twice the time: %s", streams.one_pass_refusal)
+    with lock_of(streams.decoder):
+        if adapters and not streams.is_checked:
+            streams.one_pass_refusal = _module_refusal(streams) or _trial_refusal(streams, adapters)
+            streams.is_checked = True
+            if streams.one_pass_refusal is not None:
+                logger.warning("generation takes two passes, about twice the time: %s", streams.one_pass_refusal)
     if streams.one_pass_refusal is not None:
         return TwoPass(streams, adapters)
-    return OnePass(streams, adapters)
+    if adapters not in streams.one_passes:  # kept: another object would be compiled anew
+        streams.one_passes[adapters] = OnePass(streams, adapters)
+    return streams.one_passes[adapters]
 
 
 def _module_refusal(streams: TwoStreams) -> str | None:

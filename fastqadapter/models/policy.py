@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastqadapter.models import base
-from fastqadapter.models.cache import CACHE_NAME
+from fastqadapter.models.cache import CACHE_NAME, StreamCache
 from fastqadapter.models.dials import Dials, combined_logits
 from fastqadapter.models.passes import passes_for
 from fastqadapter.models.step import Mask, Step
@@ -33,6 +33,7 @@ class Policy:
         self.decoder = streams.decoder
         self.head = base.lm_head_of(model)
         self.dials = dials
+        self.mixture = dials.mixture(self.head)
         self.kv_mode = streams.kv_mode
         self.passes: Any = passes_for(streams, dials.adapters)
 
@@ -64,7 +65,7 @@ class Policy:
         hidden = self.passes.hidden_states(step, kv_cache, rows)
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, :, logits_to_keep]
-        logits = combined_logits(hidden, self.head, self.dials)
+        logits = combined_logits(hidden, self.head, self.mixture)
         return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: None if use_cache is False else kv_cache})
 
     def prepare_cache(
@@ -115,8 +116,15 @@ def _policy_class(cls: Any) -> Any:
     def prepare_cache(self: Any, *args: Any) -> None:
         self._fqa_policy.prepare_cache(*args)
 
+    def prepare_inputs(self: Any, *args: Any, next_sequence_length: int | None = None, **kwargs: Any) -> dict[str, Any]:
+        cache = kwargs.get(CACHE_NAME)
+        split = [cache] if isinstance(cache, StreamCache) and next_sequence_length != 1 else []
+        with attributes(split, takes_padding_mask=True):
+            return cls.prepare_inputs_for_generation(self, *args, next_sequence_length=next_sequence_length, **kwargs)
+
     members = {
         "forward": forward,
+        "prepare_inputs_for_generation": functools.wraps(cls.prepare_inputs_for_generation)(prepare_inputs),
         "_prepare_cache_for_generation": prepare_cache,
         "__module__": cls.__module__,  # transformers looks into the module's source
     }

@@ -24,7 +24,7 @@ from fastqadapter.config import KVMode
 from fastqadapter.models import base
 from fastqadapter.models.attention import PackedAttention, base_segments, packed_attention_of, q_segments
 from fastqadapter.models.lora import use_lean_lora
-from fastqadapter.models.row_lora import RowLoraLayers
+from fastqadapter.models.row_lora import RowLoraLayers, StreamRows
 from fastqadapter.packing import PackedPairs, pack_pairs
 
 # One thread at a time runs streams on a decoder: they switch adapters and attention on the modules themselves.
@@ -53,6 +53,8 @@ class TwoStreams:
         self.lora_layers: RowLoraLayers
         self.one_pass_refusal: str | None = None  # why generation takes two passes; see `passes_for`
         self.is_checked = False
+        self.one_passes: dict[tuple[str, ...], Any] = {}
+        self._running: list[StreamRows] = []
         self.refresh()
 
     def refresh(self) -> None:
@@ -60,6 +62,7 @@ class TwoStreams:
         use_lean_lora(self.decoder)
         self.lora_layers = RowLoraLayers(self.decoder)
         self.is_checked = False
+        self.one_passes = {}
         self.tuner_layers = [module for _, module in base.tuner_layers(self.decoder)]
         self.frozen_modules = base.frozen_modules(self.model)
         self.trunk_depth = base.first_adapted_layer(self.layers)
@@ -88,12 +91,36 @@ class TwoStreams:
         with attributes(checkpointed, gradient_checkpointing=False):
             yield
 
+    @contextlib.contextmanager
+    def running_pass(self, rows: StreamRows) -> Iterator[None]:
+        """Mark that the layers are set up for passes of several streams."""
+        self._running.append(rows)
+        try:
+            yield
+        finally:
+            self._running.pop()
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Inside a call that runs several streams at once: let the layers be as outside of it."""
+        running, self._running = self._running, []
+        for rows in running:
+            rows.streams = 1
+        try:
+            with attributes(self.lora_layers.layers, stream_rows=None):
+                yield
+        finally:
+            self._running = running
+
     def packed_hidden_states(self, batch: PackedPairs, adapter: str | None = None) -> tuple[Tensor, Tensor]:
         """Last hidden states of both streams at the state rows of a packed batch.
 
         Returns:
             `hidden_q` (S, D), with a graph where gradients are on, and `hidden_b` (S, D) without.
         """
+        if self._running:  # a callback of `generate` asks for a loss
+            with self._paused():
+                return self.packed_hidden_states(batch, adapter)
         rows = batch.state_rows()
         recorded: dict[int, tuple[Tensor, Tensor]] | None = None if self.kv_mode == "separate" else {}
         base_pass = PackedAttention(base_segments(batch), "own", recorded, first_read=self.trunk_depth)
@@ -229,7 +256,7 @@ _MISSING = object()
 
 
 @contextlib.contextmanager
-def attributes(modules: Iterable[nn.Module], **values: Any) -> Iterator[None]:
+def attributes(modules: Iterable[Any], **values: Any) -> Iterator[None]:
     """Set attributes on the instances inside the context, and put them back."""
     modules = list(modules)
     before = [{name: module.__dict__.get(name, _MISSING) for name in values} for module in modules]
