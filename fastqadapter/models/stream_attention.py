@@ -55,6 +55,9 @@ def stream_attention(
     if prefix is None:
         return _attend(query, key, value, attention_mask, rule)[0], None
     prompt_key, prompt_value = prefix
+    length, keys = query.shape[2], prompt_key.shape[2] + key.shape[2]
+    if attention_mask is None and length > 1:
+        attention_mask = _bottom_right(length, keys, sliding_window, query.device)
     prompt_mask, own_mask = None, None
     if attention_mask is not None:
         prompt_mask, own_mask = attention_mask.split([prompt_key.shape[2], key.shape[2]], dim=-1)
@@ -80,11 +83,12 @@ def _attend(
     streams, kv_heads = rows // key.shape[0], key.shape[1]
     mask = _fit_rows(mask, key.shape[0])
     grouped = fold(query, streams, kv_heads)  # (B, Hkv, S g, L, Dh)
+    use_flash = rule.sinks is None and _can_use_flash(query, value, mask)
     causal = length > 1 and mask is None
-    if causal and key.shape[2] > length:
+    if causal and not use_flash and key.shape[2] > length:
         causal, mask = False, _bottom_right(length, key.shape[2], rule.window, query.device)
     lse = query.new_empty(0)
-    if rule.sinks is None and _can_use_flash(query, value, mask):
+    if use_flash:
         output, lse = _flash(grouped.flatten(1, 2), key, value, rule)
     elif not rule.is_plain or (with_lse and not _can_use_cpu_kernel(query, value)):
         if causal:
@@ -188,9 +192,14 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> tuple[
 
 
 def _stream_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' mask for SDPA; left out only where causal attention needs none, never for a static cache's empty
-    rest."""
-    skip = kwargs.get("allow_is_causal_skip", True) and kwargs["q_length"] in (1, kwargs["kv_length"])
+    """transformers' mask for SDPA; None only where attention to all keys, or bottom-right causal, is the same: not for
+    the empty rest of a static cache."""
+    queries, keys = kwargs["q_length"], kwargs["kv_length"]
+    if kwargs.get("attention_mask") is None and torch.device(kwargs.get("device", "cpu")).type == "cuda":
+        ends = kwargs.get("q_offset", 0) + queries, kwargs.get("kv_offset", 0) + keys
+        if all(isinstance(end, int) for end in ends) and ends[0] == ends[1] and flash_attn_func() is not None:
+            return None  # flash-attn takes no mask; layers that slide pass their window on
+    skip = kwargs.get("allow_is_causal_skip", True) and queries in (1, keys)
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": skip})
 
 
