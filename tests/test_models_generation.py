@@ -2,94 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from accelerate import dispatch_model
-from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.generation.streamers import BaseStreamer
 
 import fastqadapter as fqa
 from fastqadapter.testing import assert_close_to_truth
-from references import CACHE_NAME, hand_policy, policy_logits
-from tiny import ARCHITECTURES, MODES, PAD, PAIRS, VOCABULARY, Twins, lora_config, make_twins, packed, random_ids
-
-CLOSE = {"atol": 2e-5, "rtol": 0.0}
-NUMBERS = {"alpha_0": 0.4, "alpha_tilde": 1.3}
-PROMPT = random_ids(9, seed=40)
-PROMPTS = [PROMPT, random_ids(3, seed=41), random_ids(1, seed=42)]
-each_mode = pytest.mark.parametrize("kv_mode", MODES)
-each_name = pytest.mark.parametrize("name", ARCHITECTURES)
-
-
-@functools.lru_cache(maxsize=3)
-def trained_twins(name: str, kv_mode: str) -> Twins:
-    return make_twins(name, kv_mode, **NUMBERS)
-
-
-@functools.lru_cache(maxsize=3)
-def two_adapters(kv_mode: str) -> Twins:
-    return make_twins("llama", kv_mode, adapters=("default", "polite"))
-
-
-def ids_of(*rows: list[int]) -> dict[str, Tensor]:
-    """Left-padded model inputs."""
-    width = max(map(len, rows))
-    padded = [[PAD] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
-
-
-def hand_logits(
-    twins: Twins, ids: list[int], prompt_length: int, weights: Mapping[str, float] | None = None, **dials: Any
-) -> Tensor:
-    """Log-probabilities of the customised policy after `ids`, from scratch."""
-    adapted = []
-    for adapter, weight in (weights or {"default": 1.0}).items():
-        adapted.append((weight, functools.partial(run_adapter, twins.adapted, adapter)))
-    return policy_logits(twins.base, adapted, ids, prompt_length, twins.kv_mode, **{**NUMBERS, **dials})
-
-
-def in_float64(base: PreTrainedModel) -> PreTrainedModel:
-    """The same model in float64; torch's grouped products of experts have none."""
-    exact = copy.deepcopy(base).double()
-    if hasattr(exact, "set_experts_implementation"):
-        exact.set_experts_implementation("eager")
-    return exact
-
-
-def run_adapter(model: PeftModel, adapter: str, **inputs: Any) -> Any:
-    model.set_adapter(adapter)
-    return model(**inputs)
-
-
-def by_hand(twins: Twins, prompt_width: int, **dials: Any) -> Any:
-    """The hand-combined policy as a causal LM, for transformers' own search."""
-    return hand_policy(twins.base, functools.partial(hand_logits, twins, **dials), prompt_width)
-
-
-def generated(model: Any, *prompts: list[int], **kwargs: Any) -> list[list[int]]:
-    """New tokens of each returned sequence."""
-    inputs = ids_of(*prompts)
-    sequences = model.generate(**inputs, **{"do_sample": False, "pad_token_id": PAD, **kwargs})
-    return sequences[:, inputs["input_ids"].shape[1] :].tolist()
-
+from generation_cases import (
+    CLOSE,
+    NUMBERS,
+    PROMPT,
+    PROMPTS,
+    by_hand,
+    each_mode,
+    each_name,
+    generated,
+    hand_logits,
+    ids_of,
+    in_float64,
+    trained_twins,
+    two_adapters,
+)
+from references import CACHE_NAME
+from tiny import PAD, VOCABULARY, make_twins
 
 # --- greedy search ----------------------------------------------------------------------------------------------------
 
@@ -405,254 +350,3 @@ def test_gradient_of_the_forward_reaches_the_adapter_alone(kv_mode: str) -> None
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and bool(parameter.grad.any())) <= ("lora_" in name), name
     assert any(parameter.grad is not None for parameter in model.parameters())
-
-
-# --- caches -----------------------------------------------------------------------------------------------------------
-
-
-def with_cache(model: fqa.QAdapterModel, ids: list[int], steps: int, **kwargs: Any) -> Any:
-    inputs = torch.tensor([ids])
-    return model.generate(
-        inputs, max_new_tokens=steps, do_sample=False, pad_token_id=PAD, return_dict_in_generate=True, **kwargs
-    )
-
-
-@each_mode
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_continue_with_the_returned_cache(name: str, kv_mode: str) -> None:
-    model = trained_twins(name, kv_mode).model
-    whole = with_cache(model, PROMPT, 12).sequences[0].tolist()
-    first = with_cache(model, PROMPT, 5)
-    second = with_cache(model, first.sequences[0].tolist(), 7, **{CACHE_NAME: first[CACHE_NAME]})
-    assert second.sequences[0].tolist() == whole
-
-
-@pytest.mark.parametrize("kv_mode", ["separate", "shared"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_a_further_turn_on_the_returned_cache(name: str, kv_mode: str) -> None:
-    model = trained_twins(name, kv_mode).model
-    first = with_cache(model, PROMPT, 5)
-    turn = first.sequences[0].tolist() + random_ids(6, seed=43)
-    second = with_cache(model, turn, 5, **{CACHE_NAME: first[CACHE_NAME]})
-    assert second.sequences.tolist() == with_cache(model, turn, 5).sequences.tolist()
-
-
-def test_shared_mode_switches_adapters_in_the_middle() -> None:
-    twins = two_adapters("shared")
-    first = with_cache(twins.model, PROMPT, 5)
-    ids = first.sequences[0].tolist()
-    for weights in ({"polite": 1.0}, {"default": -1.0, "polite": 2.0}):
-        fresh = with_cache(twins.model, ids, 4, adapters=weights)
-        first = with_cache(twins.model, PROMPT, 5)
-        joined = with_cache(twins.model, ids, 4, adapters=weights, **{CACHE_NAME: first[CACHE_NAME]})
-        assert joined.sequences.tolist() == fresh.sequences.tolist()
-
-
-@pytest.mark.parametrize("kv_mode", ["separate", "prompt"])
-def test_an_adapter_cannot_join_in_the_middle(kv_mode: str) -> None:
-    twins = two_adapters(kv_mode)
-    first = with_cache(twins.model, PROMPT, 3)
-    ids = first.sequences[0].tolist()
-    with pytest.raises(ValueError, match="'polite' has no K/V of its own"):
-        with_cache(twins.model, ids, 3, adapters={"polite": 1.0}, **{CACHE_NAME: first[CACHE_NAME]})
-
-
-@pytest.mark.parametrize("kv_mode", ["separate", "prompt"])
-def test_an_adapter_cannot_come_back_after_a_pause(kv_mode: str) -> None:
-    """While it was away its own K/V stood still: going on from them would be silently wrong."""
-    twins = two_adapters(kv_mode)
-    both = {"default": 1.0, "polite": 1.0}
-    first = with_cache(twins.model, PROMPT, 3, adapters=both)
-    second = with_cache(twins.model, first.sequences[0].tolist(), 3, **{CACHE_NAME: first[CACHE_NAME]})
-    ids = second.sequences[0].tolist()
-    with pytest.raises(ValueError, match="'polite'"):
-        with_cache(twins.model, ids, 3, adapters=both, **{CACHE_NAME: second[CACHE_NAME]})
-
-
-@pytest.mark.parametrize("kv_mode", ["separate", "shared"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_without_cache_and_in_chunks(name: str, kv_mode: str) -> None:
-    model = trained_twins(name, kv_mode).model
-    expected = generated(model, *PROMPTS, max_new_tokens=8)
-    assert generated(model, *PROMPTS, max_new_tokens=8, use_cache=False) == expected
-    assert generated(model, *PROMPTS, max_new_tokens=8, prefill_chunk_size=4) == expected
-
-
-@each_mode
-def test_inputs_embeds(kv_mode: str) -> None:
-    model = trained_twins("llama", kv_mode).model
-    inputs = ids_of(*PROMPTS)
-    expected = generated(model, *PROMPTS, max_new_tokens=8)
-    embeds = model.get_input_embeddings()(inputs["input_ids"])
-    tokens = model.generate(
-        inputs_embeds=embeds,
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=8,
-        do_sample=False,
-        pad_token_id=PAD,
-    )
-    assert tokens.tolist() == expected
-
-
-@pytest.mark.parametrize("kv_mode", ["separate", "shared"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_prompt_lookup_decoding(name: str, kv_mode: str) -> None:
-    """Assisted decoding feeds several tokens and takes the rejected ones back out of every cache."""
-    model = trained_twins(name, kv_mode).model
-    prompt = PROMPT + PROMPT[:5]  # n-grams to find
-    expected = generated(model, prompt, max_new_tokens=16)
-    assert generated(model, prompt, max_new_tokens=16, prompt_lookup_num_tokens=3) == expected
-
-
-# --- what others do to a model ----------------------------------------------------------------------------------------
-
-
-@each_mode
-def test_device_hooks_do_not_bring_back_the_plain_adapter(kv_mode: str) -> None:
-    """accelerate sets `forward` on the instance (`device_map` over several devices), where it shadows the class's."""
-    expected = generated(trained_twins("llama", kv_mode).model, *PROMPTS, max_new_tokens=6)
-    model = make_twins("llama", kv_mode, **NUMBERS).model
-    dispatch_model(model.get_base_model(), {"": "cpu"}, force_hooks=True)
-    hooked = model.get_base_model().__dict__["forward"]
-    assert generated(model, *PROMPTS, max_new_tokens=6) == expected
-    assert model.get_base_model().__dict__["forward"] is hooked
-
-
-@each_mode
-def test_disable_adapter_is_the_base_model(kv_mode: str) -> None:
-    twins = make_twins("llama", kv_mode, **NUMBERS)
-    customised = generated(twins.model, PROMPT, max_new_tokens=6)
-    with twins.model.disable_adapter():
-        assert generated(twins.model, PROMPT, max_new_tokens=6) == generated(twins.base, PROMPT, max_new_tokens=6)
-        with pytest.raises(ValueError, match="disable_adapter"):
-            twins.model(packed(PAIRS, twins.model))
-    assert generated(twins.model, PROMPT, max_new_tokens=6) == customised
-
-
-def test_one_adapter_brings_its_own_alphas() -> None:
-    twins = two_adapters("shared")
-    model = twins.model
-    own = dataclasses.replace(model.qadapter_configs["polite"], alpha_0=0.3, alpha_tilde=1.7)
-    active = model.qadapter_configs["default"]
-    try:
-        model.qadapter_configs["polite"] = own
-        inputs = {"adapters": {"polite": 1.0}, "max_new_tokens": 8}
-        named = generated(model, PROMPT, **inputs)
-        assert named == generated(model, PROMPT, alpha_0=0.3, alpha_tilde=1.7, **inputs)
-        policy = model._policy(None, None, {"polite": 1.0, "default": 1.0})
-        assert (policy.dials.alpha_0, policy.dials.alpha_tilde) == (active.alpha_0, active.alpha_tilde)
-    finally:
-        model.qadapter_configs["polite"] = active
-
-
-@each_mode
-def test_threads_do_not_mix_their_policies(kv_mode: str) -> None:
-    """Streams switch adapters on the modules themselves: one thread at a time."""
-    model = two_adapters(kv_mode).model
-    mixtures = [{"default": 1.0}, {"polite": 1.0}, {"default": 0.0}]
-    expected = [generated(model, PROMPT, max_new_tokens=5, adapters=weights) for weights in mixtures]
-    assert len({str(answer) for answer in expected}) == 3
-    with ThreadPoolExecutor(3) as pool:
-        found = list(
-            pool.map(lambda weights: generated(model, PROMPT, max_new_tokens=5, adapters=weights), mixtures * 4)
-        )
-    assert found == expected * 4
-
-
-def test_training_and_generating_in_two_threads() -> None:
-    """Under gradient checkpointing the backward pass runs layers again, and switches adapters to do so."""
-    model = make_twins("llama", "shared").model.train()
-    model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    expected = generated(model, PROMPT, max_new_tokens=5)
-
-    def train() -> None:
-        for _ in range(15):
-            model(packed(PAIRS, model)).loss.backward()
-            model.hidden_states(packed(PAIRS, model))
-
-    with ThreadPoolExecutor(2) as pool:
-        training = pool.submit(train)
-        while not training.done():
-            assert generated(model, PROMPT, max_new_tokens=5) == expected
-        training.result()
-
-
-# --- nothing is left behind -------------------------------------------------------------------------------------------
-
-
-class Interruption(Exception):
-    pass
-
-
-class Interrupt(LogitsProcessor):
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        raise Interruption
-
-
-@each_mode
-def test_the_base_model_is_itself_again(kv_mode: str) -> None:
-    twins = make_twins("llama", kv_mode)
-    model, inner = twins.model, twins.model.get_base_model()
-    cls, attributes = type(inner), set(inner.__dict__)
-    flags = [(layer._disable_adapters, layer._active_adapter) for layer in model.streams.tuner_layers]
-    loss = model(packed(PAIRS, model)).loss
-    expected = generated(model, PROMPT, max_new_tokens=4)
-    calls: list[Callable[[], Any]] = [
-        lambda: generated(model, PROMPT, max_new_tokens=2, num_beams=2),
-        lambda: generated(model, PROMPT, max_new_tokens=2, logits_processor=LogitsProcessorList([Interrupt()])),
-        lambda: model(**ids_of(PROMPT), logits_to_keep=1),
-        lambda: model(**ids_of(PROMPT), labels=torch.tensor([PROMPT])),
-    ]
-    for call in calls:
-        with contextlib.suppress(Interruption, ValueError):
-            call()
-        assert type(inner) is cls and set(inner.__dict__) == attributes
-        assert [(layer._disable_adapters, layer._active_adapter) for layer in model.streams.tuner_layers] == flags
-        assert torch.is_grad_enabled()
-    assert generated(model, PROMPT, max_new_tokens=4) == expected
-    loss.backward()  # generating between forward and backward does no harm
-    assert torch.equal(model(packed(PAIRS, model)).loss, loss)
-    assert inner(**ids_of(PROMPT)).logits.requires_grad  # PEFT's own view of the inner model is untouched
-
-
-@each_mode
-def test_the_policy_can_be_asked_while_generating(kv_mode: str) -> None:
-    """A logits processor or a callback may look at the policy itself."""
-    model = trained_twins("llama", kv_mode).model
-    seen = []
-
-    class Look(LogitsProcessor):
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            seen.append(model(input_ids=torch.tensor([PROMPT]), logits_to_keep=1).logits)
-            return scores
-
-    expected = generated(model, PROMPT, max_new_tokens=4)
-    assert generated(model, PROMPT, max_new_tokens=4, logits_processor=LogitsProcessorList([Look()])) == expected
-    assert len(seen) == 4
-
-
-def test_a_model_wrapped_in_train_mode_generates_alike() -> None:
-    model = make_twins("llama", "shared", lora={"lora_dropout": 0.5}).model
-    expected = generated(model, *PROMPTS, max_new_tokens=6)
-    model.train()
-    model.eval()
-    assert generated(model, *PROMPTS, max_new_tokens=6) == expected
-
-
-@each_mode
-def test_bfloat16(kv_mode: str) -> None:
-    """Logits of a bfloat16 base are bfloat16, near those of float32; generation runs."""
-    exact = trained_twins("llama", kv_mode).model
-    model = fqa.get_qadapter_model(
-        make_twins("llama", kv_mode).base.to(torch.bfloat16),
-        fqa.QAdapterConfig(kv_mode=kv_mode, **NUMBERS),
-        lora_config("llama", kv_mode),
-    ).eval()
-    with torch.no_grad():
-        state = {name: parameter for name, parameter in exact.named_parameters() if "lora_" in name}
-        for name, parameter in model.named_parameters():
-            if name in state:
-                parameter.copy_(state[name])
-        ours, expected = (each(**ids_of(PROMPT), logits_to_keep=1).logits.float() for each in (model, exact))
-    assert torch.nn.functional.cosine_similarity(ours.flatten(), expected.flatten(), dim=0).item() > 0.99
-    assert len(generated(model, *PROMPTS, max_new_tokens=5)[0]) == 5

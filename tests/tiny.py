@@ -133,8 +133,8 @@ def lora_targets(name: str, kv_mode: str) -> list[str]:
 
 def lora_config(name: str, kv_mode: str, **settings: Any) -> LoraConfig:
     """Rank 4, alpha 8, on all allowed linear layers."""
-    settings = {"target_modules": lora_targets(name, kv_mode), **settings}
-    return LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": lora_targets(name, kv_mode), **settings}
+    return LoraConfig(task_type="CAUSAL_LM", **settings)
 
 
 @torch.no_grad()

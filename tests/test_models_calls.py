@@ -1,0 +1,175 @@
+"""What surrounds a call: hooks, threads, callbacks, training mode; and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+
+import fastqadapter as fqa
+from generation_cases import NUMBERS, PROMPT, PROMPTS, each_mode, generated, ids_of, trained_twins, two_adapters
+from tiny import PAIRS, lora_config, make_twins, packed
+
+# --- what others do to a model ----------------------------------------------------------------------------------------
+
+
+@each_mode
+def test_device_hooks_do_not_bring_back_the_plain_adapter(kv_mode: str) -> None:
+    """accelerate sets `forward` on the instance (`device_map` over several devices), where it shadows the class's."""
+    expected = generated(trained_twins("llama", kv_mode).model, *PROMPTS, max_new_tokens=6)
+    model = make_twins("llama", kv_mode, **NUMBERS).model
+    dispatch_model(model.get_base_model(), {"": "cpu"}, force_hooks=True)
+    hooked = model.get_base_model().__dict__["forward"]
+    assert generated(model, *PROMPTS, max_new_tokens=6) == expected
+    assert model.get_base_model().__dict__["forward"] is hooked
+
+
+@each_mode
+def test_disable_adapter_is_the_base_model(kv_mode: str) -> None:
+    twins = make_twins("llama", kv_mode, **NUMBERS)
+    customised = generated(twins.model, PROMPT, max_new_tokens=6)
+    with twins.model.disable_adapter():
+        assert generated(twins.model, PROMPT, max_new_tokens=6) == generated(twins.base, PROMPT, max_new_tokens=6)
+        with pytest.raises(ValueError, match="disable_adapter"):
+            twins.model(packed(PAIRS, twins.model))
+    assert generated(twins.model, PROMPT, max_new_tokens=6) == customised
+
+
+def test_one_adapter_brings_its_own_alphas() -> None:
+    twins = two_adapters("shared")
+    model = twins.model
+    own = dataclasses.replace(model.qadapter_configs["polite"], alpha_0=0.3, alpha_tilde=1.7)
+    active = model.qadapter_configs["default"]
+    try:
+        model.qadapter_configs["polite"] = own
+        inputs = {"adapters": {"polite": 1.0}, "max_new_tokens": 8}
+        named = generated(model, PROMPT, **inputs)
+        assert named == generated(model, PROMPT, alpha_0=0.3, alpha_tilde=1.7, **inputs)
+        policy = model._policy(None, None, {"polite": 1.0, "default": 1.0})
+        assert (policy.dials.alpha_0, policy.dials.alpha_tilde) == (active.alpha_0, active.alpha_tilde)
+    finally:
+        model.qadapter_configs["polite"] = active
+
+
+@each_mode
+def test_threads_do_not_mix_their_policies(kv_mode: str) -> None:
+    """Streams switch adapters on the modules themselves: one thread at a time."""
+    model = two_adapters(kv_mode).model
+    mixtures = [{"default": 1.0}, {"polite": 1.0}, {"default": 0.0}]
+    expected = [generated(model, PROMPT, max_new_tokens=5, adapters=weights) for weights in mixtures]
+    assert len({str(answer) for answer in expected}) == 3
+    with ThreadPoolExecutor(3) as pool:
+        found = list(
+            pool.map(lambda weights: generated(model, PROMPT, max_new_tokens=5, adapters=weights), mixtures * 4)
+        )
+    assert found == expected * 4
+
+
+def test_training_and_generating_in_two_threads() -> None:
+    """Under gradient checkpointing the backward pass runs layers again, and switches adapters to do so."""
+    model = make_twins("llama", "shared").model.train()
+    model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    expected = generated(model, PROMPT, max_new_tokens=5)
+
+    def train() -> None:
+        for _ in range(15):
+            model(packed(PAIRS, model)).loss.backward()
+            model.hidden_states(packed(PAIRS, model))
+
+    with ThreadPoolExecutor(2) as pool:
+        training = pool.submit(train)
+        while not training.done():
+            assert generated(model, PROMPT, max_new_tokens=5) == expected
+        training.result()
+
+
+# --- nothing is left behind -------------------------------------------------------------------------------------------
+
+
+class Interruption(Exception):
+    pass
+
+
+class Interrupt(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        raise Interruption
+
+
+@each_mode
+def test_the_base_model_is_itself_again(kv_mode: str) -> None:
+    twins = make_twins("llama", kv_mode)
+    model, inner = twins.model, twins.model.get_base_model()
+    cls, attributes = type(inner), set(inner.__dict__)
+    flags = [(layer._disable_adapters, layer._active_adapter) for layer in model.streams.tuner_layers]
+    loss = model(packed(PAIRS, model)).loss
+    expected = generated(model, PROMPT, max_new_tokens=4)
+    calls: list[Callable[[], Any]] = [
+        lambda: generated(model, PROMPT, max_new_tokens=2, num_beams=2),
+        lambda: generated(model, PROMPT, max_new_tokens=2, logits_processor=LogitsProcessorList([Interrupt()])),
+        lambda: model(**ids_of(PROMPT), logits_to_keep=1),
+        lambda: model(**ids_of(PROMPT), labels=torch.tensor([PROMPT])),
+    ]
+    for call in calls:
+        with contextlib.suppress(Interruption, ValueError):
+            call()
+        assert type(inner) is cls and set(inner.__dict__) == attributes
+        assert [(layer._disable_adapters, layer._active_adapter) for layer in model.streams.tuner_layers] == flags
+        assert torch.is_grad_enabled()
+    assert generated(model, PROMPT, max_new_tokens=4) == expected
+    loss.backward()  # generating between forward and backward does no harm
+    assert torch.equal(model(packed(PAIRS, model)).loss, loss)
+    assert inner(**ids_of(PROMPT)).logits.requires_grad  # PEFT's own view of the inner model is untouched
+
+
+@each_mode
+def test_the_policy_can_be_asked_while_generating(kv_mode: str) -> None:
+    """A logits processor or a callback may look at the policy itself."""
+    model = trained_twins("llama", kv_mode).model
+    seen = []
+
+    class Look(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            seen.append(model(input_ids=torch.tensor([PROMPT]), logits_to_keep=1).logits)
+            return scores
+
+    expected = generated(model, PROMPT, max_new_tokens=4)
+    assert generated(model, PROMPT, max_new_tokens=4, logits_processor=LogitsProcessorList([Look()])) == expected
+    assert len(seen) == 4
+
+
+def test_a_model_wrapped_in_train_mode_generates_alike() -> None:
+    model = make_twins("llama", "shared", lora={"lora_dropout": 0.5}).model
+    expected = generated(model, *PROMPTS, max_new_tokens=6)
+    model.train()
+    model.eval()
+    assert generated(model, *PROMPTS, max_new_tokens=6) == expected
+
+
+@each_mode
+def test_bfloat16(kv_mode: str) -> None:
+    """Logits of a bfloat16 base are bfloat16, near those of float32; generation runs."""
+    exact = trained_twins("llama", kv_mode).model
+    model = fqa.get_qadapter_model(
+        make_twins("llama", kv_mode).base.to(torch.bfloat16),
+        fqa.QAdapterConfig(kv_mode=kv_mode, **NUMBERS),
+        lora_config("llama", kv_mode),
+    ).eval()
+    with torch.no_grad():
+        state = {name: parameter for name, parameter in exact.named_parameters() if "lora_" in name}
+        for name, parameter in model.named_parameters():
+            if name in state:
+                parameter.copy_(state[name])
+        ours, expected = (each(**ids_of(PROMPT), logits_to_keep=1).logits.float() for each in (model, exact))
+    assert torch.nn.functional.cosine_similarity(ours.flatten(), expected.flatten(), dim=0).item() > 0.99
+    assert len(generated(model, *PROMPTS, max_new_tokens=5)[0]) == 5
