@@ -301,6 +301,52 @@ def test_the_active_adapter_is_the_default(kv_mode: str) -> None:
         twins.model.set_adapter("default")
 
 
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}])
+@each_mode
+def test_weights_of_each_row(kv_mode: str, search: dict[str, Any]) -> None:
+    """Different requests of one batch use different mixtures; beams and further sequences share their prompt's."""
+    model = two_adapters(kv_mode).model
+    mixtures = [(1.0, 0.0), (0.0, -0.5), (0.7, 1.5)]
+    several = search.get("num_return_sequences", 1)
+    default, polite = ([mixture[index] for mixture in mixtures] for index in (0, 1))
+    for weights in (
+        {"default": default, "polite": torch.tensor(polite)},
+        {"polite": tuple(polite), "default": default},
+    ):
+        found = generated(model, *PROMPTS, adapters=weights, max_new_tokens=7, **search)
+        for index, (prompt, mixture) in enumerate(zip(PROMPTS, mixtures, strict=True)):
+            alone = dict(zip(("default", "polite"), mixture, strict=True))
+            expected = generated(model, prompt, adapters=alone, max_new_tokens=7, **search)
+            assert found[index * several : (index + 1) * several] == expected
+
+
+def test_one_weight_for_all_and_one_for_each() -> None:
+    model = two_adapters("shared").model
+    found = generated(model, *PROMPTS, adapters={"default": 0.5, "polite": [1.0, 1.0, 1.0]}, max_new_tokens=5)
+    assert found == generated(model, *PROMPTS, adapters={"default": 0.5, "polite": 1.0}, max_new_tokens=5)
+    with pytest.raises(ValueError, match="as many weights for one as for another"):
+        generated(model, *PROMPTS, adapters={"default": [1.0, 2.0], "polite": [1.0, 1.0, 1.0]})
+
+
+@pytest.mark.parametrize("weight", [0.0, [0.0, 0.0, 0.0], torch.zeros(3), -0.0])
+@each_mode
+def test_weight_zero_gives_the_logits_of_the_base(kv_mode: str, weight: Any) -> None:
+    """With alpha_0 = alpha_tilde = 1; bit for bit where the weight is one number, as nothing but the base is run."""
+    twins = two_adapters(kv_mode)
+    kwargs: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    kwargs |= {"return_dict_in_generate": True, "output_logits": True}
+    ours = twins.model.generate(**ids_of(*PROMPTS), adapters={"default": weight}, **kwargs)
+    base = twins.base.generate(**ids_of(*PROMPTS), **kwargs)
+    exact = {} if isinstance(weight, float) else CLOSE
+    assert ours.sequences.tolist() == base.sequences.tolist()
+    if isinstance(weight, float):
+        twins.base.set_attn_implementation(twins.model.get_base_model().config._attn_implementation)
+        base = twins.base.generate(**ids_of(*PROMPTS), **kwargs)
+        twins.base.set_attn_implementation("eager")
+        exact = {"atol": 0.0, "rtol": 0.0}
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(base.logits), **exact)
+
+
 # --- logits of the forward --------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fastqadapter as fqa
 from fastqadapter.demo.smollm import MODEL_NAME, cache_folder
 from fastqadapter.models.cache import StreamCache
+from fastqadapter.models.row_lora import StreamRows
 from fastqadapter.models.two_pass_cache import TwoStreamCache
 from fastqadapter.prompts import encode_chats
 from generation_cases import PROMPT, PROMPTS, each_mode, each_name, generated, ids_of, trained_twins, two_adapters
@@ -117,6 +118,38 @@ def test_adapters_of_different_kinds(kv_mode: str, kinds: str) -> None:
         randomise_adapter(model, adapter, seed)
     for mixture in ({"default": 1.0}, {"polite": 1.0}, {"default": 0.7, "polite": 0.6}):
         assert_same_steps(model, *FOUR[:2], adapters=mixture)
+
+
+def test_layers_with_one_input_share_their_product() -> None:
+    """q, k and v; gate and up; o and down have inputs of their own."""
+    model = make_twins("llama", "separate", adapters=("default", "polite")).model
+    expected = generated(model, PROMPT, max_new_tokens=3, adapters={"default": 1.0, "polite": 0.5})
+    rows = StreamRows(("default", "polite"))
+    layer = model.streams.layers[0]
+    with model.streams.lora_layers.on_rows(rows):
+        members = {
+            name: module.low_rank.source for name, module in layer.named_modules() if hasattr(module, "low_rank")
+        }
+        names = {name.rpartition(".")[2]: source for name, source in members.items()}
+        assert names["q_proj"] is names["k_proj"] is names["v_proj"] and names["q_proj"].members == 3
+        assert names["gate_proj"] is names["up_proj"] and names["gate_proj"].members == 2
+        assert names["o_proj"].members == names["down_proj"].members == 1
+    assert not any(module.low_rank for module in model.modules() if hasattr(module, "low_rank"))
+    assert generated(model, PROMPT, max_new_tokens=3, adapters={"default": 1.0, "polite": 0.5}) == expected
+
+
+def test_a_product_is_not_shared_over_other_inputs() -> None:
+    """Names promise nothing: each layer's product is of what it is given."""
+    model = make_twins("llama", "separate").model
+    layer = model.streams.layers[0].self_attn
+    inputs = [torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    with model.streams.lora_layers.on_rows(StreamRows(("default",))):
+        layer.q_proj(inputs[0])
+        found = layer.k_proj(inputs[1])
+    base, scaling = layer.k_proj.base_layer(inputs[1]), layer.k_proj.scaling["default"]
+    a, b = layer.k_proj.lora_A["default"].weight, layer.k_proj.lora_B["default"].weight
+    expected = torch.stack([base[0], base[1] + scaling * (inputs[1][1] @ a.T @ b.T)])
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_model_in_training_mode_with_dropout() -> None:

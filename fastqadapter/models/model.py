@@ -35,7 +35,7 @@ from fastqadapter.models.loading import (
     read_adapter_folder,
     weight_errors,
 )
-from fastqadapter.models.policy import Policy, customised
+from fastqadapter.models.policy import Policy, check_uncached_input, customised
 from fastqadapter.models.streams import TwoStreams, check_servable, lock_of
 from fastqadapter.packing import PackedPairs
 
@@ -171,6 +171,7 @@ class QAdapterModel(PeftModelForCausalLM):
             ValueError: an unknown adapter, or a number outside its range.
         """
         model = self.get_base_model()
+        check_uncached_input(*args[:1], **kwargs)
         with customised(model, self._policy(alpha_0, alpha_tilde, adapters)):
             return model.generate(*args, **kwargs)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastqadapter.models import base
@@ -35,6 +36,7 @@ class Policy:
         self.dials = dials
         self.mixture = dials.mixture(self.head)
         self.kv_mode = streams.kv_mode
+        self.is_assisted = False
         self.passes: Any = passes_for(streams, dials.adapters)
 
     def forward(
@@ -72,6 +74,7 @@ class Policy:
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, max_cache_len: int
     ) -> None:
         """Put the cache that `generate` starts with into `model_kwargs`."""
+        self.is_assisted = mode == GenerationMode.ASSISTED_GENERATION
         rows = batch * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         kind, given = generation_config.cache_implementation, model_kwargs.get(CACHE_NAME)
         if self.kv_mode == "prompt":
@@ -105,6 +108,21 @@ def _refuse(labels: Tensor | None, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{', '.join(unknown)} is not available on the customised policy: it has two streams")
 
 
+def check_uncached_input(
+    inputs: Any = None, *, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any
+) -> None:
+    """Raise a ValueError where the cache given to `generate` holds all of the input: there would be nothing to run."""
+    tokens, cache = input_ids if inputs is None else inputs, kwargs.get(CACHE_NAME)
+    if not isinstance(cache, Cache) or not isinstance(tokens, Tensor):
+        return
+    only_new = isinstance(attention_mask, Tensor) and attention_mask.shape[1] != tokens.shape[1]
+    if not only_new and cache.layers and cache.get_seq_length() >= tokens.shape[1]:
+        raise ValueError(
+            f"{CACHE_NAME} holds {int(cache.get_seq_length())} tokens, the input has {tokens.shape[1]}: give all "
+            "tokens so far, those in the cache too, and at least one more"
+        )
+
+
 @functools.cache
 def _policy_class(cls: Any) -> Any:
     """Subclass of a causal LM whose forward is that of the policy in `self._fqa_policy`; all else is inherited."""
@@ -116,11 +134,18 @@ def _policy_class(cls: Any) -> Any:
     def prepare_cache(self: Any, *args: Any) -> None:
         self._fqa_policy.prepare_cache(*args)
 
-    def prepare_inputs(self: Any, *args: Any, next_sequence_length: int | None = None, **kwargs: Any) -> dict[str, Any]:
-        cache = kwargs.get(CACHE_NAME)
+    def prepare_inputs(
+        self: Any, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        cache: Any = kwargs.get(CACHE_NAME)
+        if next_sequence_length is None and self._fqa_policy.is_assisted:
+            # transformers 5.24 hands the tokens of a cache that the user gave over again.
+            next_sequence_length = input_ids.shape[1] - int(cache.get_seq_length())
         split = [cache] if isinstance(cache, StreamCache) and next_sequence_length != 1 else []
         with attributes(split, takes_padding_mask=True):
-            return cls.prepare_inputs_for_generation(self, *args, next_sequence_length=next_sequence_length, **kwargs)
+            return cls.prepare_inputs_for_generation(
+                self, input_ids, next_sequence_length=next_sequence_length, **kwargs
+            )
 
     members = {
         "forward": forward,
