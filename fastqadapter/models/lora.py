@@ -65,17 +65,21 @@ class LeanLoraLinear(LoraLinear):
     def _plain_adapter(self, x: Tensor) -> str | None:
         """The one active adapter, where it is plain."""
         active = self.active_adapters
-        if self.disable_adapters or len(active) != 1 or active[0] not in self.lora_A:
+        if self.disable_adapters or len(active) != 1 or active[0] not in self.r or self.has_autocast():
             return None
         return active[0] if self.is_plain(active[0]) else None
 
     def is_plain(self, adapter: str) -> bool:
-        """Whether the adapter is two products: no DoRA or other variant, no dropout, no bias, not merged, and no
-        autocast."""
+        """Whether the adapter is two products: no DoRA or other variant, no dropout, no bias, not merged."""
+        if adapter in self.lora_variant or self.merged:
+            return False
         dropout = self.lora_dropout[adapter]
-        noisy = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
-        special = adapter in self.lora_variant or self.lora_B[adapter].bias is not None
-        return not (noisy or special or self.merged or torch.is_autocast_enabled(self.weight.device.type))
+        noisy = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+        return not noisy and self.lora_B[adapter].bias is None
+
+    def has_autocast(self) -> bool:
+        """Whether PEFT's own forward would run under autocast."""
+        return torch.is_autocast_enabled(self.base_layer.weight.device.type)
 
 
 def use_lean_lora(model: nn.Module) -> None:

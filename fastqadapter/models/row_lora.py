@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -44,14 +45,16 @@ class LowRank:
         weight = layer.get_base_layer().weight
         dtype = torch.float32 if weight.device.type == "cpu" and weight.itemsize == 2 else weight.dtype
         rank = max(layer.r.get(adapter, 0) for adapter in adapters)
-        a = weight.new_zeros(len(adapters), rank, layer.in_features, dtype=dtype)
-        b = weight.new_zeros(len(adapters), layer.out_features, rank, dtype=dtype)
-        for index, adapter in enumerate(adapters):
+        a, b = [], []
+        for adapter in adapters:
             if adapter in layer.r:
-                a[index, : layer.r[adapter]] = layer.lora_A[adapter].weight
-                b[index, :, : layer.r[adapter]] = layer.lora_B[adapter].weight * layer.scaling[adapter]
-        self.a = a.transpose(1, 2)  # (n, D_in, r)
-        self.b = b.transpose(1, 2).contiguous()  # (n, r, D_out)
+                a.append(_padded(layer.lora_A[adapter].weight.to(dtype), rank))
+                b.append(_padded(layer.lora_B[adapter].weight.to(dtype).T * layer.scaling[adapter], rank))
+            else:
+                a.append(weight.new_zeros(rank, layer.in_features, dtype=dtype))
+                b.append(weight.new_zeros(rank, layer.out_features, dtype=dtype))
+        self.a = torch.stack(a).transpose(1, 2)  # (n, D_in, r)
+        self.b = torch.stack(b)  # (n, r, D_out)
         self.source = SharedProduct([self])
         self.columns = slice(0, rank)
 
@@ -66,11 +69,16 @@ class LowRank:
         return y
 
 
+def _padded(weight: Tensor, rank: int) -> Tensor:
+    """(r, any) -> (rank, any)."""
+    return weight if weight.shape[0] == rank else F.pad(weight, (0, 0, 0, rank - weight.shape[0]))
+
+
 class SharedProduct:
     """`x A` of several layers with the same input at once; each takes its columns."""
 
     def __init__(self, members: Sequence[LowRank]):
-        self.a = torch.cat([member.a for member in members], dim=2)
+        self.a = members[0].a if len(members) == 1 else torch.cat([member.a for member in members], dim=2)
         self.members = len(members)
         self._input: Tensor | None = None
         self._product: Tensor | None = None
@@ -149,16 +157,16 @@ class RowLoraLayers:
                 layer.__class__ = _on_rows(layer.__class__)
         children = [module._modules for module in model.modules()]
         groups: list[list[Any]] = [[each.get(name) for name in names] for each in children for names in SHARED_INPUTS]
-        self.siblings = [[layer for layer in group if isinstance(layer, RowLora)] for group in groups]
+        siblings = [[layer for layer in group if isinstance(layer, RowLora)] for group in groups]
+        self.siblings = [group for group in siblings if len(group) > 1]
 
     @contextlib.contextmanager
     def on_rows(self, rows: StreamRows) -> Iterator[None]:
         """Let the layers act on the rows that `rows` says. Their weights are read here, once."""
         before = [(layer.stream_rows, layer.low_rank) for layer in self.layers]
         try:
-            for layer in self.layers:
-                layer.stream_rows = rows
-                layer.low_rank = _low_rank(layer, rows.adapters)
+            for layer in self.layers:  # by __dict__: nn.Module's setattr takes 5 us, once for each layer and call
+                layer.__dict__.update(stream_rows=rows, low_rank=_low_rank(layer, rows.adapters))
             for siblings in self.siblings:
                 members = [layer.low_rank for layer in siblings if layer.low_rank is not None]
                 if len(members) > 1:
@@ -166,12 +174,12 @@ class RowLoraLayers:
             yield
         finally:
             for layer, (former_rows, former_low_rank) in zip(self.layers, before, strict=True):
-                layer.stream_rows, layer.low_rank = former_rows, former_low_rank
+                layer.__dict__.update(stream_rows=former_rows, low_rank=former_low_rank)
 
 
 def _low_rank(layer: Any, adapters: Sequence[str]) -> LowRank | None:
     """The stacked weights, where every adapter on the layer is plain."""
     present = [adapter for adapter in adapters if adapter in layer.r]
-    if not present or not isinstance(layer, LeanLoraLinear) or not all(map(layer.is_plain, present)):
+    if not present or not isinstance(layer, LeanLoraLinear) or layer.has_autocast():
         return None
-    return LowRank(layer, adapters)
+    return LowRank(layer, adapters) if all(map(layer.is_plain, present)) else None
