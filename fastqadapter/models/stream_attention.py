@@ -116,6 +116,8 @@ def fold(query: Tensor, streams: int, kv_heads: int) -> Tensor:
     """(S B, Hq, L, Dh) -> (B, Hkv, S g, L, Dh): the heads of all streams that read the same K/V head side by side."""
     rows, heads, length, size = query.shape
     batch, group = rows // streams, heads // kv_heads
+    if streams == 1:
+        return query.unflatten(1, (kv_heads, group))  # as it is: a copy of a long prompt takes its time
     apart = query.reshape(streams, batch, kv_heads, group, length, size)
     return apart.permute(1, 2, 0, 3, 4, 5).reshape(batch, kv_heads, streams * group, length, size)
 

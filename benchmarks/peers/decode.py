@@ -1,0 +1,74 @@
+"""Customised generation as PEFT alone offers it, written anew: the yardsticks of `benchmarks/test_decode.py`.
+
+* Two passes, as the published code: the base model's forward, then the adapter's, each with its own KV cache and LM
+  head, `log pi` and the combination over the whole vocabulary in fp32. It runs inside transformers' own generate, as a
+  logits processor, which is how transformers' classifier-free guidance runs its second pass.
+* PEFT's mixed batch (`adapter_names=["__base__", ...]`): one forward on both streams' rows, one cache with both.
+
+Neither shares code with `fastqadapter`. Both compute `softmax((q + alpha_0 log pi) / alpha_tilde)` with `q = W (h_q -
+h_b)`, the streams' own K/V (`separate` mode).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def combine(base_logits: Tensor, adapted_logits: Tensor, alpha_0: float, alpha_tilde: float) -> Tensor:
+    """(B, V) log-policy up to a constant of each row, in fp32."""
+    log_pi = torch.log_softmax(base_logits.float(), dim=-1)
+    q = adapted_logits.float() - base_logits.float()
+    return (q + alpha_0 * log_pi) / alpha_tilde
+
+
+class SecondPass(LogitsProcessor):
+    """Runs the adapter's pass on what is new and returns the combination."""
+
+    def __init__(self, model: PeftModel, alpha_0: float, alpha_tilde: float):
+        self.model = model
+        self.alphas = alpha_0, alpha_tilde
+        self.kv_cache = DynamicCache(config=model.get_base_model().config)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        new = input_ids[:, self.kv_cache.get_seq_length() :]
+        self.model.base_model.enable_adapter_layers()
+        output = self.model(input_ids=new, logits_to_keep=1, **{CACHE_NAME: self.kv_cache})
+        self.model.base_model.disable_adapter_layers()
+        return combine(scores, output.logits[:, -1], *self.alphas)
+
+
+def generate_in_two_passes(
+    model: PeftModel, *args: Any, alpha_0: float = 1.0, alpha_tilde: float = 1.0, **kwargs: Any
+) -> Any:
+    """transformers' generate of the base, with the second pass before all other logits processors."""
+    second = SecondPass(model, alpha_0, alpha_tilde)
+    processors = LogitsProcessorList([second, *kwargs.pop("logits_processor", [])])
+    model.base_model.disable_adapter_layers()
+    try:
+        return model.get_base_model().generate(*args, logits_processor=processors, **kwargs)
+    finally:
+        model.base_model.enable_adapter_layers()
+
+
+class MixedBatch:
+    """Steps of greedy decoding by PEFT's mixed batch; rows [base; adapter]."""
+
+    def __init__(self, model: PeftModel, alpha_0: float = 1.0, alpha_tilde: float = 1.0):
+        self.model = model
+        self.alphas = alpha_0, alpha_tilde
+        self.kv_cache = DynamicCache(config=model.get_base_model().config)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """(B, L) new tokens -> (B, V) scores behind them."""
+        names = ["__base__"] * len(tokens) + [self.model.active_adapter] * len(tokens)
+        inputs = {"input_ids": tokens.repeat(2, 1), "logits_to_keep": 1, CACHE_NAME: self.kv_cache}
+        logits = self.model(**inputs, adapter_names=names).logits[:, -1]
+        return combine(*logits.chunk(2), *self.alphas)
