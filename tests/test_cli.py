@@ -93,8 +93,8 @@ def test_generate_one_prompt(workplace: Path, capsys) -> None:
     adapter = str(workplace / "adapter")
     code, by_default, _ = run(capsys, "generate", "--adapter", adapter, "--prompt", "w9 w10", "--max_new_tokens", "6")
     assert code == 0 and by_default.strip()
-    dials = ("--alpha_0", "1", "--alpha_tilde", "1", "--weight", "1")
-    argv = ("generate", "--adapter", adapter, "--prompt", "w9 w10", "--max_new_tokens", "6", *dials)
+    dials = ("--alpha_0", "1", "--alpha_tilde", "1")
+    argv = ("generate", "--adapter", f"{adapter}=1", "--prompt", "w9 w10", "--max_new_tokens", "6", *dials)
     assert run(capsys, *argv)[1] == by_default
     beams = run(capsys, *argv, "--num_beams", "3")
     assert beams[0] == 0 and beams[1].strip()
@@ -190,7 +190,8 @@ def test_undecodable_bytes_do_not_break_a_prompt(workplace: Path, capsys) -> Non
         (["--do_sample", "true", "--top_p", "nan"], "top_p=nan is outside its legal range (0, 1]"),
         (["--do_sample", "true", "--temperature", "0"], "temperature=0.0 is outside its legal range"),
         (["--seed", "-1"], "seed=-1"),
-        (["--weight", "-1e300"], "default: -1e+300 / alpha_tilde"),
+        (["--prompt_lookup_num_tokens", "0"], "prompt_lookup_num_tokens=0 is outside its legal range [1, inf)"),
+        (["--prompt_lookup_num_tokens", "2", "--num_beams", "2"], "does not go with num_beams=2"),
         (["--alpha_tilde", "-1e-5"], "alpha_tilde=-1e-05 is outside its legal range (0, inf)"),
     ],
 )
@@ -209,11 +210,26 @@ def test_what_is_no_adapter(workplace: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_adapters_get_free_names() -> None:
-    assert _name_adapters(["a", "b", "c"]) == {"default": "a", "adapter1": "b", "adapter2": "c"}
-    assert _name_adapters(["adapter1=a", "b", "c"]) == {"adapter1": "a", "adapter2": "b", "adapter3": "c"}
-    assert _name_adapters(["a", "default=b"]) == {"adapter1": "a", "default": "b"}
+    for arguments, folders in (
+        (["a", "b", "c"], {"default": "a", "adapter1": "b", "adapter2": "c"}),
+        (["adapter1=a", "b", "c"], {"adapter1": "a", "adapter2": "b", "adapter3": "c"}),
+        (["a", "default=b"], {"adapter1": "a", "default": "b"}),
+    ):
+        assert _name_adapters(arguments) == (folders, dict.fromkeys(folders, 1.0))
     with pytest.raises(ValueError, match="'x' names two of them"):
         _name_adapters(["x=a", "x=b"])
+
+
+def test_adapters_have_weights(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    weighted = ["a=1.0", "polite=b=0.5", "runs/c=-2", "name=d"]
+    folders = {"default": "a", "polite": "b", "adapter1": "runs/c", "name": "d"}
+    assert _name_adapters(weighted) == (folders, {"default": 1.0, "polite": 0.5, "adapter1": -2.0, "name": 1.0})
+    (tmp_path / "lr=0.1").mkdir()  # a folder may be named so
+    assert _name_adapters(["lr=0.1", "best=lr=0.1", "lr=0.1=0.5"]) == (
+        {"default": "lr=0.1", "best": "lr=0.1", "adapter1": "lr=0.1"},
+        {"default": 1.0, "best": 1.0, "adapter1": 0.5},
+    )
 
 
 @pytest.mark.parametrize(
@@ -255,9 +271,38 @@ def test_a_reader_that_has_enough() -> None:
 
 def test_generate_mixes_adapters(workplace: Path, capsys) -> None:
     adapter = str(workplace / "adapter")
-    argv = ["generate", "--prompt", "w9", "--max_new_tokens", "4", "--adapter", f"a={adapter}", f"b={adapter}"]
-    assert run(capsys, *argv, "--weight", "0.5", "-0.25")[0] == 0
-    assert "2 adapters: give one for each" in fails(capsys, *argv, "--weight", "1")
+    argv = ["generate", "--prompt", "w9", "--max_new_tokens", "4"]
+    once = run(capsys, *argv, "--adapter", f"a={adapter}=0.5", f"b={adapter}=-0.25")
+    twice = run(capsys, *argv, "--adapter", f"{adapter}=0.5", "--adapter", f"{adapter}=-0.25")
+    sum_of_both = run(capsys, *argv, "--adapter", f"{adapter}=0.25")
+    assert once == twice == sum_of_both and once[0] == 0
+    assert "a: -1e+300 / alpha_tilde" in fails(capsys, *argv, "--adapter", f"a={adapter}=-1e300")
+    assert "nan" in fails(capsys, *argv, "--adapter", f"{adapter}=nan")
+
+
+def test_adapters_of_the_command_line_replace_those_of_the_file(workplace: Path, tmp_path: Path, capsys) -> None:
+    adapter = str(workplace / "adapter")
+    config = tmp_path / "mix.yaml"
+    config.write_text(f"adapter: [{adapter}=0.5, b={adapter}]\nmax_new_tokens: 4\nprompt: w9\n")
+    assert run(capsys, "generate", "--config", str(config))[0] == 0
+    argv = ("generate", "--config", str(config), f"--adapter={adapter}")
+    assert run(capsys, *argv) == run(
+        capsys, "generate", "--adapter", adapter, "--max_new_tokens", "4", "--prompt", "w9"
+    )
+
+
+def test_assistance_does_not_change_the_answer(workplace: Path, capsys) -> None:
+    adapter, base = str(workplace / "adapter"), str(workplace / "base")
+    argv = ["generate", "--adapter", adapter, "--prompt", "w9 w10 w9 w10 w9", "--max_new_tokens", "8"]
+    expected = run(capsys, *argv)[:2]
+    assert run(capsys, *argv, "--prompt_lookup_num_tokens", "3")[:2] == expected
+    assert run(capsys, *argv, "--assistant_model", base)[:2] == expected
+    prompts = workplace / "assisted.txt"
+    prompts.write_text("w9 w10 w9\nw11\n")
+    argv = ["generate", "--adapter", adapter, "--prompts_file", str(prompts), "--max_new_tokens", "4"]
+    plain, assisted = (run(capsys, *argv, *more)[1] for more in ([], ["--prompt_lookup_num_tokens", "2"]))
+    answers = [[json.loads(line)["response"] for line in out.splitlines()] for out in (plain, assisted)]
+    assert answers[0] == answers[1] and len(answers[0]) == 2
 
 
 def test_prompts_that_are_no_prompts(workplace: Path, capsys) -> None:

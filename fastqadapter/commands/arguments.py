@@ -39,7 +39,7 @@ class OneLineHfParser(HfArgumentParser):
         finder.add_argument("--config")
         found, rest = finder.parse_known_args(argv)
         if found.config is not None:
-            rest = _yaml_arguments(found.config) + rest
+            rest = _yaml_arguments(found.config, rest) + rest
         *parsed, unknown = self.parse_args_into_dataclasses(
             rest, look_for_args_file=False, return_remaining_strings=True
         )
@@ -48,8 +48,9 @@ class OneLineHfParser(HfArgumentParser):
         return tuple(parsed)
 
 
-def _yaml_arguments(path: str) -> list[str]:
-    """The entries of a YAML file as command-line arguments, so both are checked alike."""
+def _yaml_arguments(path: str, command_line: list[str]) -> list[str]:
+    """The entries of a YAML file as command-line arguments, so both are checked alike; those that the command line
+    has too are left out."""
     try:
         entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -58,7 +59,7 @@ def _yaml_arguments(path: str) -> list[str]:
         raise ArgumentError(f"{path}: expected 'option: value' lines, got a {type(entries).__name__}")
     arguments = []
     for name, value in entries.items():
-        if value is None:
+        if value is None or any(given.partition("=")[0] == f"--{name}" for given in command_line):
             continue
         if value is False and str(name).endswith("_strategy"):
             value = "no"  # what YAML makes of an unquoted no

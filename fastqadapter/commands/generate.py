@@ -26,10 +26,11 @@ class GenerateArguments:
     """What to answer, with which adapters and dials."""
 
     adapter: list[str] = dataclasses.field(
-        metadata={"help": "adapter folder or hub id, or NAME=FOLDER; several are loaded side by side"}
-    )
-    weight: list[float] | None = dataclasses.field(
-        default=None, metadata={"help": "weight of each adapter, in the same order; default 1; 0 is the base policy"}
+        metadata={
+            "action": "extend",
+            "help": "FOLDER or hub id, FOLDER=WEIGHT, NAME=FOLDER or NAME=FOLDER=WEIGHT; give it several times to mix "
+            "adapters; the weight is any number, default 1, 0 is the base policy",
+        }
     )
     prompt: str | None = dataclasses.field(default=None, metadata={"help": "one prompt; default: stdin, or a chat"})
     prompts_file: str | None = dataclasses.field(
@@ -49,6 +50,12 @@ class GenerateArguments:
     top_p: float = dataclasses.field(default=1.0, metadata={"help": "nucleus sampling"})
     top_k: int = dataclasses.field(default=0, metadata={"help": "sample among so many tokens; 0: all"})
     num_beams: int = dataclasses.field(default=1, metadata={"help": "beam search with so many beams"})
+    assistant_model: str | None = dataclasses.field(
+        default=None, metadata={"help": "folder or hub id of a small model that proposes tokens; one prompt at a time"}
+    )
+    prompt_lookup_num_tokens: int | None = dataclasses.field(
+        default=None, metadata={"help": "propose so many tokens from the prompt itself; one prompt at a time"}
+    )
     seed: int = dataclasses.field(default=0, metadata={"help": "random seed"})
     batch_size: int = dataclasses.field(default=8, metadata={"help": "prompts at once with --prompts_file"})
     force: bool = dataclasses.field(default=False, metadata={"help": "run an adapter of another base model"})
@@ -67,8 +74,15 @@ class GenerateArguments:
             raise ArgumentError(f"top_p={self.top_p} is outside its legal range (0, 1]")
         if not 0 <= self.seed < 2**32:
             raise ArgumentError(f"seed={self.seed} is outside its legal range [0, 2^32)")
-        if self.weight is not None and len(self.weight) != len(self.adapter):
-            raise ArgumentError(f"{len(self.weight)} weights for {len(self.adapter)} adapters: give one for each")
+        if self.prompt_lookup_num_tokens is not None and self.prompt_lookup_num_tokens < 1:
+            raise ArgumentError(
+                f"prompt_lookup_num_tokens={self.prompt_lookup_num_tokens} is outside its legal range [1, inf)"
+            )
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if getattr(self, name) is not None:
+                if self.num_beams > 1:
+                    raise ArgumentError(f"{name} does not go with num_beams={self.num_beams}: give one of the two")
+                self.batch_size = 1  # transformers assists one sequence at a time
         if self.prompt is not None and self.prompts_file is not None:
             raise ArgumentError("give --prompt or --prompts_file, not both")
         if self.output_file is not None and self.prompts_file is None:
@@ -141,7 +155,7 @@ def _prompts(arguments: GenerateArguments) -> list[str | Messages] | None:
 
 
 def _load(arguments: GenerateArguments, base_arguments: BaseArguments) -> Answerer:
-    folders = _name_adapters(arguments.adapter)
+    folders, weights = _name_adapters(arguments.adapter)
     first, *others = folders
     if base_arguments.model_name_or_path is None:
         base_arguments.model_name_or_path = _base_of(folders[first])
@@ -150,7 +164,7 @@ def _load(arguments: GenerateArguments, base_arguments: BaseArguments) -> Answer
     for name in others:
         model.load_adapter(folders[name], name, force=arguments.force)
     options: dict[str, Any] = {
-        "adapters": dict(zip(folders, arguments.weight or [1.0] * len(folders), strict=True)),
+        "adapters": weights,
         "alpha_0": arguments.alpha_0,
         "alpha_tilde": arguments.alpha_tilde,
         "max_new_tokens": arguments.max_new_tokens,
@@ -159,25 +173,48 @@ def _load(arguments: GenerateArguments, base_arguments: BaseArguments) -> Answer
     }
     if arguments.do_sample:
         options |= {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k")}
+    if arguments.prompt_lookup_num_tokens is not None:
+        options["prompt_lookup_num_tokens"] = arguments.prompt_lookup_num_tokens
     settings = {"base": base_arguments.model_name_or_path, "folders": folders, **options}
     if arguments.do_sample:
         settings["seed"] = arguments.seed
+    if arguments.assistant_model is not None:
+        settings["assistant_model"] = arguments.assistant_model
+        assistant = dataclasses.replace(base_arguments, model_name_or_path=arguments.assistant_model)
+        options["assistant_model"], _ = load_model_and_tokenizer(assistant)
     return Answerer(model, tokenizer, options, settings)
 
 
-def _name_adapters(arguments: list[str]) -> dict[str, str]:
-    """Folders by name: `NAME=FOLDER`, or a folder alone under the first free name of "default", "adapter1", ..."""
+def _name_adapters(arguments: list[str]) -> tuple[dict[str, str], dict[str, float]]:
+    """Folders and weights by name: `NAME=FOLDER`, or a folder alone under the first free name of "default",
+    "adapter1", ...; each may end in `=WEIGHT`."""
     folders: dict[str, str] = {}
+    weights: dict[str, float] = {}
     taken = {argument.partition("=")[0] for argument in arguments}
     for index, argument in enumerate(arguments):
-        name, equals, folder = argument.partition("=")
-        if not equals or not name.isidentifier():
+        named_folder, weight = _split_weight(argument)
+        name, equals, folder = named_folder.partition("=")
+        if not equals or not name.isidentifier() or Path(named_folder).exists():
             free = ("default", *(f"adapter{number}" for number in range(1, len(arguments) + 2)))
-            name, folder = next(each for each in free[min(index, 1) :] if each not in taken | set(folders)), argument
+            name, folder = (
+                next(each for each in free[min(index, 1) :] if each not in taken | set(folders)),
+                named_folder,
+            )
         if name in folders:
             raise ArgumentError(f"adapter={arguments}: {name!r} names two of them; give each a name of its own")
-        folders[name] = folder
-    return folders
+        folders[name], weights[name] = folder, weight
+    return folders, weights
+
+
+def _split_weight(argument: str) -> tuple[str, float]:
+    """What stands before `=WEIGHT`, and the weight; 1 where there is none, as where all of it is a folder."""
+    named_folder, equals, last = argument.rpartition("=")
+    if not equals or Path(argument).exists() or Path(argument.partition("=")[2]).exists():
+        return argument, 1.0
+    try:
+        return named_folder, float(last)
+    except ValueError:
+        return argument, 1.0
 
 
 def _base_of(folder: str) -> str:
