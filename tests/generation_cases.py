@@ -11,9 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 import fastqadapter as fqa
 from references import hand_policy, policy_logits

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fastqadapter.models.one_pass import OnePass
 from generation_cases import PROMPT, each_mode, each_name, generated, hand_logits, trained_twins, two_adapters
-from tiny import MODES, make_twins, tiny_base
+from tiny import MODES, Twins, make_twins, tiny_base
 
 PROMPT_TO_LOOK_UP = PROMPT + PROMPT[:5]  # with n-grams to find
 
@@ -80,6 +80,17 @@ def test_candidates_are_verified_in_one_pass(kv_mode: str, monkeypatch: pytest.M
     assert sum(adapters == 0 for _, adapters in passes) == (kv_mode != "separate")  # the prompt
 
 
+def probabilities_of_pairs(twins: Twins, prompt: list[int], **dials: float) -> torch.Tensor:
+    """(V, V) of the two tokens behind the prompt."""
+    first = hand_logits(twins, prompt, len(prompt), **dials).exp()
+    second = [hand_logits(twins, [*prompt, token], len(prompt), **dials).exp() for token in range(len(first))]
+    return first[:, None] * torch.stack(second)
+
+
+def chi_square(counts: torch.Tensor, draws: int, probabilities: torch.Tensor) -> float:
+    return ((counts - draws * probabilities).square() / (draws * probabilities)).sum().item()
+
+
 @pytest.mark.parametrize(("kv_mode", "kind"), [*((mode, "the base itself") for mode in MODES), ("shared", "assistant")])
 def test_samples_keep_their_distribution(kv_mode: str, kind: str) -> None:
     """Chi-square of pairs of tokens against the exact probabilities, on a vocabulary of five.
@@ -91,10 +102,7 @@ def test_samples_keep_their_distribution(kv_mode: str, kind: str) -> None:
     twins = make_twins("llama", kv_mode, base_settings=settings, alpha_0=0.6, alpha_tilde=1.4)
     helper = twins.base if kind == "the base itself" else tiny_base("llama", seed=5, **settings)
     prompt = [3, 1, 4]
-    first = hand_logits(twins, prompt, 3, alpha_0=0.6, alpha_tilde=1.4).exp()
-    expected = torch.zeros(size, size)
-    for token in range(size):
-        expected[token] = first[token] * hand_logits(twins, [*prompt, token], 3, alpha_0=0.6, alpha_tilde=1.4).exp()
+    expected = probabilities_of_pairs(twins, prompt, alpha_0=0.6, alpha_tilde=1.4)
     assert expected.sum().item() == pytest.approx(1.0, abs=1e-5)
     counts = torch.zeros(size, size)
     torch.manual_seed(11)
@@ -102,7 +110,6 @@ def test_samples_keep_their_distribution(kv_mode: str, kind: str) -> None:
         # Three tokens, so that the first two can both be proposed and accepted.
         tokens = generated(twins.model, prompt, max_new_tokens=3, do_sample=True, top_k=0, assistant_model=helper)[0]
         counts[tokens[0], tokens[1]] += 1
-    statistic = ((counts - draws * expected).square() / (draws * expected)).sum().item()
-    assert statistic < 51.2, (statistic, counts, draws * expected)
-    others = torch.softmax(torch.zeros(size, size).flatten(), 0).view(size, size)  # the test can tell another policy
-    assert ((counts - draws * others).square() / (draws * others)).sum().item() > 51.2
+    assert chi_square(counts, draws, expected) < 51.2, (counts, draws * expected)
+    # The test can tell the policy from that of another alpha_0.
+    assert chi_square(counts, draws, probabilities_of_pairs(twins, prompt, alpha_0=1.5, alpha_tilde=1.4)) > 51.2

@@ -218,6 +218,10 @@ def test_adapters_get_free_names() -> None:
         assert _name_adapters(arguments) == (folders, dict.fromkeys(folders, 1.0))
     with pytest.raises(ValueError, match="'x' names two of them"):
         _name_adapters(["x=a", "x=b"])
+    for argument in ("a==1", "a=", "=0.5", ""):
+        with pytest.raises(ValueError, match=f"adapter='{argument}' names no folder"):
+            _name_adapters([argument])
+    assert set(_name_adapters(["adapter1", "adapter2", "adapter3"])[0].values()) == {"adapter1", "adapter2", "adapter3"}
 
 
 def test_adapters_have_weights(tmp_path: Path, monkeypatch) -> None:
@@ -278,6 +282,7 @@ def test_generate_mixes_adapters(workplace: Path, capsys) -> None:
     assert once == twice == sum_of_both and once[0] == 0
     assert "a: -1e+300 / alpha_tilde" in fails(capsys, *argv, "--adapter", f"a={adapter}=-1e300")
     assert "nan" in fails(capsys, *argv, "--adapter", f"{adapter}=nan")
+    assert "the weight 'half' is no number" in fails(capsys, *argv, "--adapter", f"{adapter}=half")
 
 
 def test_adapters_of_the_command_line_replace_those_of_the_file(workplace: Path, tmp_path: Path, capsys) -> None:
@@ -297,6 +302,7 @@ def test_assistance_does_not_change_the_answer(workplace: Path, capsys) -> None:
     expected = run(capsys, *argv)[:2]
     assert run(capsys, *argv, "--prompt_lookup_num_tokens", "3")[:2] == expected
     assert run(capsys, *argv, "--assistant_model", base)[:2] == expected
+    assert "assistant_model='nowhere' cannot be loaded" in fails(capsys, *argv, "--assistant_model", "nowhere")
     prompts = workplace / "assisted.txt"
     prompts.write_text("w9 w10 w9\nw11\n")
     argv = ["generate", "--adapter", adapter, "--prompts_file", str(prompts), "--max_new_tokens", "4"]

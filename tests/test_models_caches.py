@@ -95,16 +95,6 @@ def test_inputs_embeds(kv_mode: str) -> None:
     assert tokens.tolist() == expected
 
 
-@pytest.mark.parametrize("kv_mode", ["separate", "shared"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_prompt_lookup_decoding(name: str, kv_mode: str) -> None:
-    """Assisted decoding feeds several tokens and takes the rejected ones back out of every cache."""
-    model = trained_twins(name, kv_mode).model
-    prompt = PROMPT + PROMPT[:5]  # n-grams to find
-    expected = generated(model, prompt, max_new_tokens=16)
-    assert generated(model, prompt, max_new_tokens=16, prompt_lookup_num_tokens=3) == expected
-
-
 # --- K/V of the base, given by the user -------------------------------------------------------------------------------
 
 
@@ -221,6 +211,75 @@ def test_an_adapter_can_leave_in_the_middle(kv_mode: str) -> None:
     finally:
         model.set_adapter("default")
     torch.testing.assert_close(rest.logits[0][0], alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+@each_mode
+def test_all_adapters_can_leave_in_the_middle(name: str, kv_mode: str) -> None:
+    """Then the base goes on, on all that was said."""
+    twins = trained_twins(name, kv_mode)
+    first = with_cache(twins.model, PROMPT, 5)
+    ids = first.sequences[0].tolist()
+    rest = with_cache(twins.model, ids, 4, adapters={}, **{CACHE_NAME: first[CACHE_NAME]})
+    assert rest.sequences.tolist() == with_cache(twins.base, ids, 4).sequences.tolist()
+
+
+def test_a_prompt_answered_by_the_base_goes_on_with_an_adapter() -> None:
+    """Nobody had K/V of its own yet, so all of it is the prompt, and one pass and two agree."""
+    model = trained_twins("llama", "prompt").model
+    results = []
+    for refusal in (None, "the test wants it so"):
+        model.streams.one_pass_refusal, model.streams.is_checked = refusal, True
+        first = with_cache(model, PROMPT, 4, adapters={})
+        ids = first.sequences[0].tolist()
+        results.append(with_cache(model, ids, 4, **{CACHE_NAME: first[CACHE_NAME]}).sequences.tolist())
+    model.streams.one_pass_refusal = None
+    assert results[0] == results[1] == with_cache(model, ids, 4).sequences.tolist()
+
+
+def cache_of(name: str, kv_mode: str) -> Any:
+    return with_cache(trained_twins(name, kv_mode).model, PROMPT, 3)[CACHE_NAME]
+
+
+@each_mode
+def test_a_cache_of_another_call_is_checked(kv_mode: str) -> None:
+    model = trained_twins("llama", kv_mode).model
+    first = with_cache(model, PROMPT, 3)
+    ids, cache = first.sequences[0].tolist(), first[CACHE_NAME]
+    twice = r"the cache holds 1 sequences, 2 are to be generated: repeat them with its batch_repeat_interleave\(2\)"
+    for more in ({"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}):
+        with pytest.raises(ValueError, match=twice):
+            with_cache(model, ids, 3, **more, **{CACHE_NAME: cache})
+    for adapters in ({}, {"default": 1.0}):
+        with pytest.raises(ValueError, match=twice):
+            generated(model, ids, ids, adapters=adapters, **{CACHE_NAME: cache})
+    beams = with_cache(model, ids, 3, num_beams=2)
+    cache.batch_repeat_interleave(2)
+    found = with_cache(model, ids, 3, num_beams=2, **{CACHE_NAME: cache}).sequences.tolist()
+    assert kv_mode == "prompt" or found == beams.sequences.tolist()  # there all of `ids` were the prompt of `beams`
+    other = {"separate": "shared", "shared": "prompt", "prompt": "separate"}[kv_mode]
+    with pytest.raises(ValueError, match=f"the cache is of kv_mode='{other}', this model runs '{kv_mode}'"):
+        with_cache(
+            model, ids, 3, **{CACHE_NAME: with_cache(trained_twins("llama", other).model, PROMPT, 3)[CACHE_NAME]}
+        )
+    with pytest.raises(ValueError, match="the cache has 4 layers, the model 3"):
+        with_cache(
+            model, ids, 3, **{CACHE_NAME: with_cache(trained_twins("gemma3", kv_mode).model, PROMPT, 3)[CACHE_NAME]}
+        )
+
+
+def test_a_mistake_leaves_the_cache_alone() -> None:
+    model = trained_twins("llama", "shared").model
+    first = with_cache(model, PROMPT, 3)
+    ids, cache = first.sequences[0].tolist(), first[CACHE_NAME]
+    with pytest.raises(ValueError, match="2 weights of one adapter for 1 sequences"):
+        with_cache(model, ids, 3, adapters={"default": [1.0, 2.0]}, **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match="use_cache=False with a given"):
+        with_cache(model, ids, 3, use_cache=False, **{CACHE_NAME: cache})
+    assert cache.get_seq_length() == len(ids) - 1
+    static = with_cache(model, PROMPT, 3, cache_implementation="static")
+    with pytest.raises(ValueError, match="static and holds 11 tokens, 14 are to be kept"):
+        with_cache(model, static.sequences[0].tolist(), 3, **{CACHE_NAME: static[CACHE_NAME]})
 
 
 @each_mode

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,14 +14,11 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import fastqadapter as fqa
 from generation_cases import NUMBERS, PROMPT, PROMPTS, each_mode, generated, ids_of, trained_twins, two_adapters
-from tiny import PAIRS, lora_config, make_twins, packed
+from tiny import PAD, PAIRS, lora_config, lora_parameters, make_twins, packed, randomise_adapter
 
 # --- what others do to a model ----------------------------------------------------------------------------------------
 
@@ -173,3 +172,66 @@ def test_bfloat16(kv_mode: str) -> None:
         ours, expected = (each(**ids_of(PROMPT), logits_to_keep=1).logits.float() for each in (model, exact))
     assert torch.nn.functional.cosine_similarity(ours.flatten(), expected.flatten(), dim=0).item() > 0.99
     assert len(generated(model, *PROMPTS, max_new_tokens=5)[0]) == 5
+
+
+# --- what PEFT's model offers besides ---------------------------------------------------------------------------------
+
+
+def test_continuous_batching_is_refused() -> None:
+    """It would sample from the plain adapter."""
+    model = trained_twins("llama", "shared").model
+    for call in (model.generate_batch, model.init_continuous_batching, model.continuous_batching_context_manager):
+        with pytest.raises(ValueError, match="would sample from the plain adapter"):
+            call([PROMPT])
+
+
+@each_mode
+def test_disabled_adapter_layers_are_the_base(kv_mode: str) -> None:
+    twins = make_twins("llama", kv_mode)
+    twins.model.base_model.disable_adapter_layers()
+    assert generated(twins.model, PROMPT, max_new_tokens=5) == generated(twins.base, PROMPT, max_new_tokens=5)
+    twins.model.base_model.enable_adapter_layers()
+    assert generated(twins.model, PROMPT, max_new_tokens=5) == generated(
+        trained_twins("llama", kv_mode).model, PROMPT, max_new_tokens=5, alpha_0=1.0, alpha_tilde=1.0
+    )
+
+
+def test_a_generation_config_set_on_the_model() -> None:
+    model = make_twins("llama", "shared").model
+    model.generation_config = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=PAD)
+    assert model.generate(torch.tensor([PROMPT])).shape == (1, len(PROMPT) + 2)
+
+
+def test_the_policy_is_not_its_own_assistant() -> None:
+    model = make_twins("llama", "shared").model
+    for assistant in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match="assistant_model is this very model"):
+            generated(model, PROMPT, assistant_model=assistant)
+    with pytest.raises(ValueError, match="assistant_early_exit would run the policy"):
+        generated(model, PROMPT, assistant_early_exit=1)
+    with pytest.raises(ValueError, match="'static' does not go with assisted decoding"):
+        generated(model, PROMPT, prompt_lookup_num_tokens=2, cache_implementation="static")
+
+
+@each_mode
+def test_a_model_can_be_copied_and_pickled(kv_mode: str) -> None:
+    """As spawned processes need it, after a call too. (Files of ours are safetensors.)"""
+    model = make_twins("llama", kv_mode, lora={"use_dora": True}).model
+    expected = generated(model, PROMPT, max_new_tokens=4)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert generated(copied, PROMPT, max_new_tokens=4) == expected
+
+
+@each_mode
+def test_new_weights_count_at_once(kv_mode: str) -> None:
+    """Nothing of the adapter is kept from call to call."""
+    model = make_twins("llama", kv_mode).model
+    generated(model, PROMPT, max_new_tokens=2)
+    randomise_adapter(model, seed=99)
+    other = copy.deepcopy(model)
+    changed = generated(model, PROMPT, max_new_tokens=8)
+    for name, parameter in lora_parameters(model).items():
+        if "lora_B" in name:
+            parameter.data.mul_(-1.0)  # unseen by autograd
+    assert generated(model, PROMPT, max_new_tokens=8) != changed
+    assert generated(other, PROMPT, max_new_tokens=8) == changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -324,6 +325,11 @@ def test_one_weight_for_all_and_one_for_each() -> None:
     model = two_adapters("shared").model
     found = generated(model, *PROMPTS, adapters={"default": 0.5, "polite": [1.0, 1.0, 1.0]}, max_new_tokens=5)
     assert found == generated(model, *PROMPTS, adapters={"default": 0.5, "polite": 1.0}, max_new_tokens=5)
+    for several in (np.ones(3), np.float32([1, 1, 1]).tolist(), torch.ones(3)):
+        weights = {"default": np.float32(0.5), "polite": several}
+        assert generated(model, *PROMPTS, adapters=weights, max_new_tokens=5) == found
+    with pytest.raises(ValueError, match="2 weights of one adapter for 4 sequences"):
+        generated(model, *PROMPTS, PROMPT, adapters={"default": [1.0, 0.0]}, max_new_tokens=5)
     with pytest.raises(ValueError, match="as many weights for one as for another"):
         generated(model, *PROMPTS, adapters={"default": [1.0, 2.0], "polite": [1.0, 1.0, 1.0]})
 

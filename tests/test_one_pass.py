@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 import fastqadapter as fqa
 from fastqadapter.demo.smollm import MODEL_NAME, cache_folder
@@ -17,9 +19,21 @@ from fastqadapter.models.cache import StreamCache
 from fastqadapter.models.row_lora import StreamRows
 from fastqadapter.models.two_pass_cache import TwoStreamCache
 from fastqadapter.prompts import encode_chats
+from fastqadapter.testing import assert_close_to_truth
 from generation_cases import PROMPT, PROMPTS, each_mode, each_name, generated, ids_of, trained_twins, two_adapters
 from references import CACHE_NAME
-from tiny import PAD, Twins, lora_config, make_twins, random_ids, randomise_adapter, tiny_base
+from tiny import (
+    PAD,
+    PAIRS,
+    Twins,
+    lora_config,
+    lora_gradients,
+    make_twins,
+    packed,
+    random_ids,
+    randomise_adapter,
+    tiny_base,
+)
 
 EQUAL = {"atol": 1e-4, "rtol": 0.0}
 FOUR = [*PROMPTS, random_ids(6, seed=50)]
@@ -43,8 +57,9 @@ def outputs_of(model: fqa.QAdapterModel, *prompts: list[int], **kwargs: Any) -> 
 
 def assert_same_steps(model: fqa.QAdapterModel, *prompts: list[int], **kwargs: Any) -> Any:
     """Tokens equal, and the logits of every step to 1e-4 (float32)."""
-    ours, expected = outputs_of(model, *prompts, **kwargs), in_two_passes(model, *prompts, **kwargs)
+    ours = outputs_of(model, *prompts, **kwargs)
     assert model.streams.one_pass_refusal is None
+    expected = in_two_passes(model, *prompts, **kwargs)
     assert isinstance(ours[CACHE_NAME], StreamCache) and isinstance(expected[CACHE_NAME], TwoStreamCache)
     assert ours.sequences.tolist() == expected.sequences.tolist()
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(expected.logits), **EQUAL)
@@ -183,6 +198,70 @@ def test_smollm2_128_tokens(kv_mode: str) -> None:
     assert tokens != generated(model, prompt, adapters={}, **length)[0]
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt_oss", "deepseek_v3"])
+@each_mode
+def test_gradients_equal_those_of_two_passes(name: str, kv_mode: str) -> None:
+    """`model(input_ids)` can be trained through: the merged attention of `prompt` mode has a gradient too."""
+    model = make_twins(name, kv_mode, lora={"layers_to_transform": [1, 2]}).model
+    generated(model, PROMPT, max_new_tokens=1)  # the trial
+    gradients = []
+    for refusal in (None, "the test wants it so"):
+        model.streams.one_pass_refusal = refusal
+        model.zero_grad()
+        logits = model(**ids_of(PROMPT), logits_to_keep=3).logits
+        logits.log_softmax(dim=-1)[0, :, 5].sum().backward()
+        gradients.append(lora_gradients(model))
+    for key, expected in gradients[1].items():
+        found = gradients[0][key]
+        assert (found - expected).norm() <= 1e-4 * max(1e-3, expected.norm()), key
+    assert any(gradient.any() for gradient in gradients[1].values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_mode
+def test_under_autocast(kv_mode: str, dtype: torch.dtype) -> None:
+    model = make_twins("llama", kv_mode).model
+    exact = outputs_of(model, *FOUR, max_new_tokens=3)
+    fresh = make_twins("llama", kv_mode).model
+    for each in (model, fresh):  # tried without autocast, and in it
+        with torch.autocast("cpu", dtype):
+            output = outputs_of(each, *FOUR, max_new_tokens=3)
+        assert each.streams.one_pass_refusal is None and isinstance(output[CACHE_NAME], StreamCache)
+        difference = (output.logits[0] - exact.logits[0]).norm() / exact.logits[0].norm()
+        assert difference < 0.1
+
+
+@each_mode
+def test_bfloat16_against_two_passes(kv_mode: str) -> None:
+    model = make_twins("llama", kv_mode, torch.bfloat16).model
+    truth = outputs_of(make_twins("llama", kv_mode).model, PROMPT, max_new_tokens=1).logits[0]
+    ours = outputs_of(model, PROMPT, max_new_tokens=1).logits[0]
+    expected = in_two_passes(model, PROMPT, max_new_tokens=1).logits[0]
+    assert_close_to_truth(ours, expected, truth.double(), name=kv_mode, dtype=torch.bfloat16)
+
+
+@each_mode
+def test_a_row_of_padding_alone(kv_mode: str) -> None:
+    """It gives finite logits, as with the base, and does not touch its neighbours."""
+    model = trained_twins("llama", kv_mode).model
+    inputs = {"input_ids": torch.tensor([PROMPT, [PAD] * 9]), "attention_mask": torch.tensor([[1] * 9, [0] * 9])}
+    kwargs = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD, "return_dict_in_generate": True}
+    output = model.generate(**inputs, **kwargs, output_logits=True)
+    assert all(bool(logits.isfinite().all()) for logits in output.logits)
+    assert output.sequences[0, 9:].tolist() == generated(model, PROMPT, max_new_tokens=4)[0]
+
+
+@pytest.mark.parametrize("keep", [1, 0])
+def test_a_mask_of_four_dimensions(keep: int) -> None:
+    model = trained_twins("llama", "shared").model
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+    inputs = torch.tensor([PROMPT])
+    found = model(input_ids=inputs, attention_mask=causal, logits_to_keep=keep).logits
+    torch.testing.assert_close(found, model(input_ids=inputs, logits_to_keep=keep).logits)
+    with pytest.raises(ValueError, match="attention_mask of four dimensions is torch.float32: give a bool one"):
+        model(input_ids=inputs, attention_mask=causal.float())
+
+
 # --- which models -----------------------------------------------------------------------------------------------------
 
 
@@ -205,10 +284,13 @@ def test_experts_take_two_passes(kv_mode: str, caplog: pytest.LogCaptureFixture)
         generated(model, PROMPT, cache_implementation="static")
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "not trained yet"])
 @each_mode
-def test_a_model_that_mixes_its_rows_takes_two_passes(kv_mode: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_mixes_its_rows_takes_two_passes(
+    kv_mode: str, trained: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """As a batch norm would; only a trial can tell."""
-    model = trained_copy("llama", kv_mode)
+    model = make_twins("llama", kv_mode, trained=trained).model
     layer = model.streams.layers[1]
     forward = layer.forward
 
@@ -243,6 +325,21 @@ def trained_copy(name: str, kv_mode: str) -> fqa.QAdapterModel:
     return make_twins(name, kv_mode).model
 
 
+@each_mode
+def test_a_diverged_adapter_decides_nothing(kv_mode: str) -> None:
+    model = trained_copy("llama", kv_mode)
+    weight = model.streams.layers[1].mlp.up_proj.lora_B["default"].weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    generated(model, PROMPT, max_new_tokens=1)
+    assert model.streams.one_pass_refusal is None and not model.streams.is_checked
+    with torch.no_grad():
+        weight.copy_(before)
+    assert_same_steps(model, PROMPT)
+    assert model.streams.is_checked
+
+
 def test_a_further_adapter_is_tried_anew() -> None:
     model = trained_copy("llama", "shared")
     generated(model, PROMPT, max_new_tokens=2)
@@ -253,24 +350,55 @@ def test_a_further_adapter_is_tried_anew() -> None:
     assert_same_steps(model, PROMPT, adapters={"polite": 1.0})
 
 
-def test_a_loss_can_be_asked_for_while_generating() -> None:
+class Ask(LogitsProcessor):
+    """Calls something at every step of `generate`."""
+
+    def __init__(self, question: Callable[[], Any]):
+        self.question = question
+        self.answers: list[Any] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.answers.append(self.question())
+        return scores
+
+
+def ask_while_generating(model: fqa.QAdapterModel, question: Callable[[], Any]) -> list[Any]:
+    ask, tokens = Ask(question), generated(model, PROMPT, max_new_tokens=4)
+    assert generated(model, PROMPT, max_new_tokens=4, logits_processor=LogitsProcessorList([ask])) == tokens
+    assert len(ask.answers) == 4
+    return ask.answers
+
+
+@each_mode
+def test_a_loss_can_be_asked_for_while_generating(kv_mode: str) -> None:
     """A callback of `generate` finds the layers as they are outside of it."""
-    from transformers import LogitsProcessor, LogitsProcessorList
-
-    from tiny import PAIRS, packed
-
-    model = make_twins("llama", "shared", lora={"layers_to_transform": [1, 2]}).model
+    model = make_twins("llama", kv_mode, lora={"layers_to_transform": [1, 2]}).model
     batch = packed(PAIRS, model)
-    expected, tokens = model(batch).loss, generated(model, PROMPT, max_new_tokens=4)
-    losses = []
+    expected = model(batch).loss
+    assert all(torch.equal(loss, expected) for loss in ask_while_generating(model, lambda: model(batch).loss))
 
-    class Ask(LogitsProcessor):
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            losses.append(model(batch).loss)
-            return scores
 
-    asked = generated(model, PROMPT, max_new_tokens=4, logits_processor=LogitsProcessorList([Ask()]))
-    assert asked == tokens and all(torch.equal(loss, expected) for loss in losses) and len(losses) == 4
+@pytest.mark.parametrize("adapters", [{}, {"polite": 1.0}, {"default": 0.3, "polite": 0.4}], ids=str)
+@each_mode
+def test_other_policies_can_be_asked_while_generating(kv_mode: str, adapters: dict[str, float]) -> None:
+    """With a trunk, on another batch, of other adapters or of the base alone."""
+    model = make_twins("llama", kv_mode, adapters=("default", "polite"), lora={"layers_to_transform": [1, 2]}).model
+    question = functools.partial(generated, model, *FOUR[:2], adapters=adapters, max_new_tokens=3)
+    expected = question()
+    assert all(answer == expected for answer in ask_while_generating(model, question))
+
+
+@each_mode
+def test_the_base_can_be_asked_while_generating(kv_mode: str) -> None:
+    twins = make_twins("llama", kv_mode, lora={"layers_to_transform": [1, 2]})
+
+    def question() -> Tensor:
+        with twins.model.disable_adapter():
+            return twins.model(**ids_of(*FOUR), logits_to_keep=1).logits
+
+    expected = twins.base(**ids_of(*FOUR), logits_to_keep=1).logits
+    for answer in ask_while_generating(twins.model, question):
+        torch.testing.assert_close(answer, expected, **EQUAL)
 
 
 def test_hooks_set_after_the_first_call_are_called() -> None:

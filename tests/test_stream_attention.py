@@ -155,6 +155,44 @@ def test_streams_behind_a_prompt_without_a_mask(length: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("length", "keys"), [(1, 8), (3, 8), (8, 8)])
+def test_a_window_holds_without_a_mask(length: int, keys: int) -> None:
+    query, key, value = draw(4, 6, length, SIZE), draw(2, 3, keys, SIZE, seed=1), draw(2, 3, keys, SIZE, seed=2)
+    found, _ = streams.stream_attention(LAYER, query, key, value, None, sliding_window=3)
+    everywhere = ragged_mask(1, length, keys, 3).repeat(4, 1, 1, 1)
+    torch.testing.assert_close(found, by_formula(query, key.repeat(2, 1, 1, 1), value.repeat(2, 1, 1, 1), everywhere))
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_window_holds_behind_a_prompt_without_a_mask(length: int) -> None:
+    query, prefix = draw(4, 6, length, SIZE), (draw(2, 3, 5, SIZE, seed=1), draw(2, 3, 5, SIZE, seed=2))
+    own = draw(4, 3, length + 1, SIZE, seed=3), draw(4, 3, length + 1, SIZE, seed=4)
+    found, _ = streams.stream_attention(LAYER, query, *own, None, sliding_window=4, stream_cache=Prefix(*prefix))
+    pairs = zip(prefix, own, strict=True)
+    key, value = (torch.cat([first.repeat(2, 1, 1, 1), second], dim=2) for first, second in pairs)
+    everywhere = ragged_mask(1, length, 6 + length, 4).repeat(4, 1, 1, 1)
+    torch.testing.assert_close(found, by_formula(query, key, value, everywhere))
+
+
+def test_masks_are_left_out_for_flash_attn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed, on CUDA, without padding and without a window, and where the keys end with the queries."""
+    sizes = {"batch_size": 1, "q_length": 3, "kv_length": 7, "q_offset": 4, "device": torch.device("cuda")}
+    built: list[dict[str, Any]] = []
+    monkeypatch.setattr(streams, "sdpa_mask", lambda **kwargs: built.append(kwargs) or torch.ones(1))
+    for installed, others, left_out in (
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"device": torch.device("cpu")}, False),
+        (True, {"attention_mask": torch.ones(1, 7)}, False),
+        (True, {"local_size": 4}, False),
+        (True, {"kv_length": 20}, False),  # a static cache
+        (True, {"q_offset": torch.tensor(4)}, False),
+    ):
+        monkeypatch.setattr(streams, "flash_attn_func", lambda installed=installed: object() if installed else None)
+        assert (streams._stream_mask(**{**sizes, **others}) is None) == left_out
+    assert [kwargs["allow_is_causal_skip"] for kwargs in built] == [False] * 6
+
+
 def test_fold_and_unfold_are_inverse_and_keep_the_groups() -> None:
     query = torch.arange(2 * 2 * 6 * 3 * 4.0).view(4, 6, 3, 4)
     folded = streams.fold(query, 2, 3)
@@ -203,7 +241,7 @@ def fake_flash_attn_func(
 # Behind a prompt a mask decides who sees whom, but for a single token that sees all.
 @pytest.mark.parametrize(
     ("length", "window", "prompt"),
-    [(1, None, False), (1, 4, False), (3, None, False), (3, 4, False), (1, None, True)],
+    [(1, None, False), (1, 4, False), (3, None, False), (3, 4, False), (1, None, True), (1, 20, True)],
 )
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_the_layout_for_flash_attn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from fastqadapter.commands.arguments import ModelArguments, OneLineHfParser, load_model_and_tokenizer
 from fastqadapter.commands.parsing import ArgumentError
+from fastqadapter.config import CONFIG_NAME
 from fastqadapter.models import QAdapterModel
 from fastqadapter.prompts import Messages, encode_chats
 
@@ -180,9 +182,21 @@ def _load(arguments: GenerateArguments, base_arguments: BaseArguments) -> Answer
         settings["seed"] = arguments.seed
     if arguments.assistant_model is not None:
         settings["assistant_model"] = arguments.assistant_model
-        assistant = dataclasses.replace(base_arguments, model_name_or_path=arguments.assistant_model)
-        options["assistant_model"], _ = load_model_and_tokenizer(assistant)
+        options["assistant_model"] = _load_assistant(arguments.assistant_model, base_arguments, base.config.vocab_size)
     return Answerer(model, tokenizer, options, settings)
+
+
+def _load_assistant(name: str, base_arguments: BaseArguments, vocabulary: int) -> PreTrainedModel:
+    try:
+        assistant, _ = load_model_and_tokenizer(dataclasses.replace(base_arguments, model_name_or_path=name))
+    except ArgumentError as error:
+        raise ArgumentError(str(error).replace("model_name_or_path", "assistant_model", 1)) from None
+    found = assistant.config.get_text_config(decoder=True).vocab_size
+    if found != vocabulary:
+        raise ArgumentError(
+            f"assistant_model={name!r} has {found} tokens, the base {vocabulary}: their tokenizers differ"
+        )
+    return assistant
 
 
 def _name_adapters(arguments: list[str]) -> tuple[dict[str, str], dict[str, float]]:
@@ -195,10 +209,12 @@ def _name_adapters(arguments: list[str]) -> tuple[dict[str, str], dict[str, floa
         named_folder, weight = _split_weight(argument)
         name, equals, folder = named_folder.partition("=")
         if not equals or not name.isidentifier() or Path(named_folder).exists():
-            free = ("default", *(f"adapter{number}" for number in range(1, len(arguments) + 2)))
-            name, folder = (
-                next(each for each in free[min(index, 1) :] if each not in taken | set(folders)),
-                named_folder,
+            folder = named_folder
+            names = itertools.chain(["default"] if index == 0 else [], (f"adapter{n}" for n in itertools.count(1)))
+            name = next(each for each in names if each not in taken and each not in folders)
+        if not folder:
+            raise ArgumentError(
+                f"adapter={argument!r} names no folder: give FOLDER, FOLDER=WEIGHT or NAME=FOLDER=WEIGHT"
             )
         if name in folders:
             raise ArgumentError(f"adapter={arguments}: {name!r} names two of them; give each a name of its own")
@@ -214,6 +230,8 @@ def _split_weight(argument: str) -> tuple[str, float]:
     try:
         return named_folder, float(last)
     except ValueError:
+        if Path(named_folder, CONFIG_NAME).exists():
+            raise ArgumentError(f"adapter={argument!r}: the weight {last!r} is no number") from None
         return argument, 1.0
 
 

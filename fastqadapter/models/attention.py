@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from fastqadapter.config import KVMode
 from fastqadapter.models.cpu_attention import CpuAttentionFunction, rows_of
-from fastqadapter.models.scores import ScoreRule, explicit_attention
+from fastqadapter.models.scores import ScoreRule, bottom_right_mask, explicit_attention
 from fastqadapter.packing import PackedPairs
 
 NAME = "fqa_packed"
@@ -84,9 +84,7 @@ class PackedAttention:
         queries, keys = segment.sizes
         key = (queries, keys, window, device)
         if key not in self._masks:
-            distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-            seen = distance >= 0
-            self._masks[key] = seen if window is None else seen & (distance < window)
+            self._masks[key] = bottom_right_mask(queries, keys, window, device)
         return self._masks[key]
 
     def additive_mask(self, segment: Segment, window: int | None) -> Tensor | None:

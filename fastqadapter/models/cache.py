@@ -12,7 +12,6 @@ The layers are transformers' own, dynamic, static or sliding, so beams, crops an
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ class StreamCache(Cache):
         Raises:
             ValueError: the Q stream cannot read K/V of the base, or these.
         """
-        stream_cache = cls(config, kv_mode, layers=base_layers(cache, kv_mode) or None)
+        stream_cache = cls(config, kv_mode, layers=base_layers(cache, config, kv_mode) or None)
         stream_cache.batch_repeat_interleave(repeats_for(stream_cache, batch))
         return stream_cache
 
@@ -83,6 +82,22 @@ class StreamCache(Cache):
         """Whether the streams have K/V of their own behind the prompt (`prompt` mode)."""
         return bool(self.layers) and isinstance(self.layers[0], ForkedLayer)
 
+    def check_usable(self, config: PreTrainedConfig, kv_mode: KVMode, batch: int) -> None:
+        """Raise a ValueError where the cache is of another model or mode, or of another number of sequences."""
+        check_layers(self, config)
+        if kv_mode != self.kv_mode:
+            raise ValueError(
+                f"the cache is of kv_mode={self.kv_mode!r}, this model runs {kv_mode!r}: start with a fresh one"
+            )
+        if self.batch not in (0, batch):
+            times = batch // self.batch
+            remedy = (
+                f"repeat them with its batch_repeat_interleave({times}), or " if times * self.batch == batch else ""
+            )
+            raise ValueError(
+                f"the cache holds {self.batch} sequences, {batch} are to be generated: {remedy}start with a fresh one"
+            )
+
     def begin(self, batch: int, adapters: tuple[str, ...]) -> None:
         """Get ready for a pass over `batch` sequences with these adapters' streams.
 
@@ -90,6 +105,9 @@ class StreamCache(Cache):
             ValueError: an adapter has no K/V of its own in this cache.
         """
         self.batch = batch
+        if self.is_forked and self.layers[0].joins_prefix != (self._compressed or not adapters):
+            for layer in self.layers:  # a pass of the base alone has the attention of the base
+                layer.joins_prefix = self._compressed or not adapters
         if self.adapters == adapters or self.kv_mode == "shared" or (self.kv_mode == "prompt" and not self.is_forked):
             return
         if self.adapters is None:
@@ -119,7 +137,7 @@ class StreamCache(Cache):
 
     def fork(self, adapters: tuple[str, ...]) -> None:
         """From here on each stream has K/V of its own; all read what is there already (`prompt` mode)."""
-        self.layers = [ForkedLayer(layer, self.max_cache_len, self._compressed) for layer in self.layers]
+        self.layers = [ForkedLayer(layer, self.max_cache_len) for layer in self.layers]
         self.adapters = adapters
 
     def prefix(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
@@ -151,17 +169,17 @@ class StreamCache(Cache):
 class ForkedLayer(CacheLayerMixin):
     """A layer of `prompt` mode: the base's K/V of the prompt, B rows that never change, and what each stream adds.
 
-    `update` returns the streams' own K/V. Where the layer keeps a compressed form, which the model expands after
-    `update` (multi-head latent attention), it returns prompt and own ones joined.
+    `update` returns the streams' own K/V, or with `joins_prefix` prompt and own ones in one: where the model expands
+    them after `update` (multi-head latent attention), and where its own attention reads them.
     """
 
     supports_early_init = False
     is_croppable = True
 
-    def __init__(self, base: CacheLayerMixin, max_cache_len: int | None, compressed: bool):
+    def __init__(self, base: CacheLayerMixin, max_cache_len: int | None):
         self.start: int = base.get_seq_length()
         self.prefix = None if not self.start else (base.keys, base.values)
-        self.joins_prefix = compressed
+        self.joins_prefix = False
         self.suffix = DynamicLayer() if max_cache_len is None else StaticLayer(max_cache_len - self.start)
         self.is_sliding = bool(getattr(base, "is_sliding", False))
         self.is_compileable = max_cache_len is not None
@@ -221,7 +239,15 @@ class ForkedLayer(CacheLayerMixin):
             self.suffix.batch_repeat_interleave(repeats)
 
 
-def base_layers(cache: Cache, kv_mode: KVMode) -> list[CacheLayerMixin]:
+def check_layers(cache: Cache, config: PreTrainedConfig) -> None:
+    """Raise a ValueError where the cache has another number of layers than the model."""
+    if len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"the cache has {len(cache.layers)} layers, the model {config.num_hidden_layers}: it is another model's"
+        )
+
+
+def base_layers(cache: Cache, config: PreTrainedConfig, kv_mode: KVMode) -> list[CacheLayerMixin]:
     """Layers that continue those of a cache of the base model, which they leave alone: they grow by concatenation.
     None of an empty cache.
 
@@ -237,6 +263,7 @@ def base_layers(cache: Cache, kv_mode: KVMode) -> list[CacheLayerMixin]:
         )
     if not cache.layers or not cache.get_seq_length():
         return []
+    check_layers(cache, config)
     if kv_mode == "separate":
         raise ValueError(
             "a cache of the base model has no K/V of the Q stream, which kv_mode='separate' needs: give the one that "
@@ -259,8 +286,7 @@ def repeats_for(cache: Cache, batch: int) -> int:
 
 def _rows_of_streams(indices: Tensor, batch: int, rows: int) -> Tensor:
     """Row indices that pick the sequences `indices` in every stream."""
-    offsets: Iterable[int] = range(0, rows, batch)
-    return torch.cat([indices + offset for offset in offsets])
+    return torch.cat([indices + offset for offset in range(0, rows, batch)])
 
 
 def _select_rows(layer: CacheLayerMixin, rows: Tensor) -> None:

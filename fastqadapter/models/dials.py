@@ -21,7 +21,8 @@ from fastqadapter.config import QHead
 from fastqadapter.loss import LMHead
 from fastqadapter.ops.checks import accumulation_dtype, check_alphas
 
-LARGEST_SHARE = 1e6
+# Of alpha_tilde; beyond, logits overflow: in fp16, which ends at 65504, those of a few hundred would.
+LARGEST_SHARE, LARGEST_SHARE_FP16 = 1e6, 100.0
 Weight = float | Sequence[float] | Tensor  # of an adapter: one number, or one for each sequence of the batch
 
 
@@ -31,7 +32,7 @@ class Dials:
     sequence of the batch.
 
     Raises:
-        ValueError: a number outside its range, or a mixture that a `logits` head cannot express.
+        ValueError: an alpha outside its range, or a mixture that a `logits` head cannot express.
     """
 
     alpha_0: float
@@ -41,13 +42,6 @@ class Dials:
 
     def __post_init__(self) -> None:
         check_alphas(self.alpha_0, self.alpha_tilde)
-        for name, weight in {"alpha_0": self.alpha_0, **self.weights}.items():
-            largest = max(weight.tolist(), key=abs) if isinstance(weight, Tensor) else weight
-            if abs(largest) > LARGEST_SHARE * self.alpha_tilde:
-                raise ValueError(
-                    f"{name}: {largest:g} / alpha_tilde {self.alpha_tilde:g} is above {LARGEST_SHARE:g}, where logits "
-                    "overflow; a share that large is the plain argmax: use do_sample=False"
-                )
         alone = [weight for weight in self.weights.values() if not isinstance(weight, Tensor)] == [1.0]
         if self.q_head == "logits" and not (alone and len(self.weights) == 1):
             raise ValueError(
@@ -60,8 +54,22 @@ class Dials:
         """The adapters whose stream is run: weight 0 means "not there"."""
         return tuple(name for name, weight in self.weights.items() if isinstance(weight, Tensor) or weight != 0.0)
 
+    def _check_shares(self, bound: float) -> None:
+        for name, weight in {"alpha_0": self.alpha_0, **self.weights}.items():
+            largest = max(weight.tolist(), key=abs) if isinstance(weight, Tensor) else weight
+            if abs(largest) > bound * self.alpha_tilde:
+                raise ValueError(
+                    f"{name}: {largest:g} / alpha_tilde {self.alpha_tilde:g} is above {bound:g}, where logits "
+                    "overflow; a share that large is the plain argmax: use do_sample=False"
+                )
+
     def mixture(self, head: LMHead) -> Mixture:
-        """The dials as tensors beside the LM head."""
+        """The dials as tensors beside the LM head.
+
+        Raises:
+            ValueError: logits would overflow, or weights for different numbers of sequences.
+        """
+        self._check_shares(LARGEST_SHARE_FP16 if head.weight.dtype == torch.float16 else LARGEST_SHARE)
         per_row = [weight for weight in self.weights.values() if isinstance(weight, Tensor)]
         length = len(per_row[0]) if per_row else 1
         if any(len(weight) != length for weight in per_row):
@@ -81,17 +89,18 @@ class Mixture:
     shares: Tensor  # (S, 1), or (S, sequences): alpha_0 / alpha_tilde, then w_i / alpha_tilde
     difference: bool
 
-    def of_rows(self, batch: int) -> Tensor:
-        """(S, 1 or batch, 1, 1); beams and further sequences of one prompt stand side by side, as `generate` has them.
-
-        Raises:
-            ValueError: weights for another number of sequences.
-        """
+    def check_sequences(self, sequences: int) -> None:
+        """Raise a ValueError where there are weights for another number of sequences."""
         given = self.shares.shape[1]
-        if batch % given:
+        if given not in (1, sequences):
             raise ValueError(
-                f"adapters: {given} weights of one adapter for {batch} sequences: give one, or one for each"
+                f"adapters: {given} weights of one adapter for {sequences} sequences: give one number, or one for each"
             )
+
+    def of_rows(self, batch: int) -> Tensor:
+        """(S, 1 or batch, 1, 1); beams and further sequences of one prompt stand side by side, as `generate` has
+        them."""
+        given = self.shares.shape[1]
         shares = self.shares if given == 1 else self.shares.repeat_interleave(batch // given, dim=1)
         return shares[..., None, None]
 
@@ -111,14 +120,20 @@ def checked_weight(name: str, weight: Any) -> float | Tensor:
     Raises:
         ValueError: it is neither.
     """
-    several = isinstance(weight, (Sequence, Tensor)) and not isinstance(weight, str)
-    values = weight.tolist() if isinstance(weight, Tensor) else list(weight) if several else [weight]
-    if not isinstance(values, list):  # a tensor of no dimension
-        values, several = [values], False
-    finite = all(isinstance(value, Real) and math.isfinite(value) for value in values)
-    if not values or not finite:
-        raise ValueError(f"adapters={{{name!r}: {weight!r}}}: the weight is not a finite number, nor a list of them")
+    values: Any = weight.tolist() if hasattr(weight, "tolist") else weight
+    several = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    values = list(values) if several else [values]
+    if not values or not all(map(_is_finite, values)):
+        given = " ".join(repr(weight).split())[:80]
+        raise ValueError(f"adapters={{{name!r}: {given}}}: the weight is not a finite number, nor a list of them")
     return torch.tensor(values, dtype=torch.float64) if several else float(values[0])
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer above 1e308
+        return False
 
 
 def combined_logits(hidden: Tensor, head: LMHead, mixture: Mixture) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,6 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModelForCausalLM,
-    PeftType,
     TaskType,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -35,12 +33,10 @@ from fastqadapter.models.loading import (
     read_adapter_folder,
     weight_errors,
 )
-from fastqadapter.models.policy import Policy, check_uncached_input, customised
+from fastqadapter.models.peft_configs import checked_peft_config
+from fastqadapter.models.policy import Policy, check_assistant, check_uncached_input, customised
 from fastqadapter.models.streams import TwoStreams, check_servable, lock_of
 from fastqadapter.packing import PackedPairs
-
-# Initialisations that rewrite the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) are not among these.
-BASE_PRESERVING_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclasses.dataclass
@@ -82,7 +78,7 @@ class QAdapterModel(PeftModelForCausalLM):
         base.check_lm_head(model, decoder, base.lm_head_of(model))
         check_servable(model, config.kv_mode)
         identity = base.fingerprint(model)
-        peft_config = _checked_peft_config(model, peft_config, config.kv_mode)
+        peft_config = checked_peft_config(model, peft_config, config.kv_mode)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(model, peft_config, adapter_name, **kwargs)
         try:
@@ -116,7 +112,7 @@ class QAdapterModel(PeftModelForCausalLM):
         if batch is not None:
             kwargs["input_ids"] = batch
         model = self.get_base_model()
-        with customised(model, self._policy(None, None, None)):
+        with lock_of(self.streams.decoder), customised(model, self._policy(None, None, None)):
             return model(**kwargs)
 
     def train(self, mode: bool = True) -> QAdapterModel:
@@ -172,20 +168,23 @@ class QAdapterModel(PeftModelForCausalLM):
         """
         model = self.get_base_model()
         check_uncached_input(*args[:1], **kwargs)
-        with customised(model, self._policy(alpha_0, alpha_tilde, adapters)):
+        check_assistant(model, **kwargs)
+        if "generation_config" in self.__dict__:  # set on us and not on the base; PEFT passes it on too
+            model.generation_config = self.generation_config
+        with lock_of(self.streams.decoder), customised(model, self._policy(alpha_0, alpha_tilde, adapters)):
             return model.generate(*args, **kwargs)
 
     def _policy(
         self, alpha_0: float | None, alpha_tilde: float | None, adapters: Mapping[str, Weight] | None
     ) -> Policy:
-        if self._adapters_are_off:
+        if self._adapters_are_off or self.streams.adapters_are_disabled():
             return Policy(self.get_base_model(), self.streams, Dials(alpha_0=1.0, alpha_tilde=1.0, weights={}))
         if adapters is not None and not isinstance(adapters, Mapping):
             raise ValueError(
                 f"adapters={adapters!r} is a {type(adapters).__name__}; give a weight by name: {{'default': 1.0}}"
             )
         weights: dict[str, Weight] = {self.active_adapter: 1.0} if adapters is None else dict(adapters)
-        unknown = sorted(set(weights) - set(self.peft_config))
+        unknown = sorted((name for name in weights if name not in self.peft_config), key=str)
         if unknown:
             raise ValueError(f"adapters {unknown} are not loaded; loaded are {sorted(self.peft_config)}")
         checked = {name: checked_weight(name, weight) for name, weight in weights.items()}
@@ -204,7 +203,7 @@ class QAdapterModel(PeftModelForCausalLM):
         """PEFT's `add_adapter` with our checks; the new adapter has the config of the active one until loaded."""
         model = self.get_base_model()
         kv_mode = self.streams.kv_mode
-        peft_config = _checked_peft_config(model, peft_config, kv_mode)
+        peft_config = checked_peft_config(model, peft_config, kv_mode)
         result = super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         try:
             base.check_targets(model, kv_mode)
@@ -353,6 +352,19 @@ class QAdapterModel(PeftModelForCausalLM):
 
     merge_adapter = merge_and_unload
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' continuous batching runs the base's forward in a loop of its own.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching would sample from the plain adapter, that is from the Q-values: use generate(), whose "
+            "`adapters` take one weight for each row of a batch"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a mixture of weights is no mixture of Q-functions.
 
@@ -397,27 +409,3 @@ def _load_base(model: PreTrainedModel | str) -> PreTrainedModel:
     if isinstance(model, str | os.PathLike):
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     return model
-
-
-def _checked_peft_config(model: PreTrainedModel, peft_config: PeftConfig, kv_mode: KVMode) -> PeftConfig:
-    """A copy of the user's config with our default targets, or a ValueError if it would change the base."""
-    if peft_config.peft_type != PeftType.LORA:
-        raise ValueError(f"peft_type={peft_config.peft_type!s} is not supported; use a LoraConfig")
-    peft_config = copy.deepcopy(peft_config)
-    if peft_config.init_lora_weights not in BASE_PRESERVING_INITS:
-        raise ValueError(
-            f"init_lora_weights={peft_config.init_lora_weights!r} rewrites the base weights, which must stay frozen; "
-            f"use one of {', '.join(map(repr, BASE_PRESERVING_INITS))}"
-        )
-    for name in ("layer_replication", "alora_invocation_tokens"):
-        if getattr(peft_config, name, None):
-            raise ValueError(f"{name} is not supported: it changes the base stream; leave it out")
-    for name in ("modules_to_save", "trainable_token_indices", "bias"):
-        value = getattr(peft_config, name, None)
-        if value and value != "none":
-            raise ValueError(f"{name}={value!r}: weights of the frozen base would be trained; leave {name} out")
-    if peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None):
-        peft_config.target_modules = base.default_targets(model, kv_mode)
-    if peft_config.task_type is None:
-        peft_config.task_type = TaskType.CAUSAL_LM
-    return peft_config

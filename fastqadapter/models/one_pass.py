@@ -41,6 +41,7 @@ class OnePass:
     def accepted_cache(self, cache: Cache, batch: int) -> StreamCache:
         """`cache` if a call of this model made it, else what goes on from K/V of the base."""
         if isinstance(cache, StreamCache):
+            cache.check_usable(self.streams.decoder_config, self.streams.kv_mode, batch)
             return cache
         return StreamCache.from_base(cache, self.streams.decoder_config, self.streams.kv_mode, batch)
 
@@ -51,10 +52,10 @@ class OnePass:
             stack.enter_context(self.streams.lora_layers.on_rows(self.rows))
             stack.enter_context(self.streams.without_checkpointing())
             stack.enter_context(self.streams.running_pass(self.rows))
+            for forward in self.trunk:
+                stack.enter_context(forward.in_place())
             if self.adapters:  # without, this is the base model, with its own attention
                 stack.enter_context(attention_of(self.streams.decoder, stream_attention.NAME))
-                for forward in self.trunk:
-                    stack.enter_context(forward.in_place())
             yield
 
     def hidden_states(self, step: Step, cache: StreamCache, rows: int | None) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.generation import GenerationMode
@@ -19,9 +20,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fastqadapter.models import base
 from fastqadapter.models.cache import CACHE_NAME, StreamCache
 from fastqadapter.models.dials import Dials, combined_logits
-from fastqadapter.models.passes import passes_for
+from fastqadapter.models.passes import Passes, passes_for
 from fastqadapter.models.step import Mask, Step
-from fastqadapter.models.streams import TwoStreams, attributes, lock_of
+from fastqadapter.models.streams import TwoStreams, attributes
 
 # What `generate` passes on and changes nothing here: the output is an object always, positions come as position_ids.
 _IGNORED_INPUTS = frozenset({"return_dict", "cache_position", "tokenizer"})
@@ -31,13 +32,12 @@ class Policy:
     """The customised policy of one base model: runs the streams it needs, combines them."""
 
     def __init__(self, model: PreTrainedModel, streams: TwoStreams, dials: Dials):
-        self.decoder = streams.decoder
         self.head = base.lm_head_of(model)
         self.dials = dials
         self.mixture = dials.mixture(self.head)
         self.kv_mode = streams.kv_mode
         self.is_assisted = False
-        self.passes: Any = passes_for(streams, dials.adapters)
+        self.passes: Passes = passes_for(streams, dials.adapters)
 
     def forward(
         self,
@@ -53,12 +53,12 @@ class Policy:
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the customised policy, in the signature of a causal LM of transformers."""
-        _refuse(labels, kwargs)
+        _refuse(attention_mask, labels, kwargs)
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is None:
             raise ValueError("give input_ids or inputs_embeds")
         given = past_key_values if cache is None else cache
-        kv_cache = self.passes.new_cache() if given is None else self.passes.accepted_cache(given, tokens.shape[0])
+        kv_cache: Any = self.passes.new_cache() if given is None else self.passes.accepted_cache(given, tokens.shape[0])
         if position_ids is None:
             past = kv_cache.get_seq_length()
             position_ids = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
@@ -75,6 +75,7 @@ class Policy:
     ) -> None:
         """Put the cache that `generate` starts with into `model_kwargs`."""
         self.is_assisted = mode == GenerationMode.ASSISTED_GENERATION
+        self.mixture.check_sequences(batch)
         rows = batch * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         kind, given = generation_config.cache_implementation, model_kwargs.get(CACHE_NAME)
         if self.kv_mode == "prompt":
@@ -82,10 +83,19 @@ class Policy:
                 raise ValueError("kv_mode='prompt' needs use_cache=True: the cache marks where the prompt ends")
             if generation_config.prefill_chunk_size is not None:
                 raise ValueError("kv_mode='prompt' does not support prefill_chunk_size: leave it out")
+        if kind == "static" and self.is_assisted:
+            raise ValueError("cache_implementation='static' does not go with assisted decoding: leave one of them out")
         if given is not None:
+            if generation_config.use_cache is False:
+                raise ValueError(f"use_cache=False with a given {CACHE_NAME}: leave one of them out")
             if kind is not None:
                 raise ValueError(f"cache_implementation={kind!r} is for a new cache, and one was given: leave one out")
-            cache = self.passes.accepted_cache(given, rows)
+            cache: Any = self.passes.accepted_cache(given, rows)
+            if isinstance(cache, StreamCache) and 0 < (cache.max_cache_len or 0) < max_cache_len:
+                raise ValueError(
+                    f"{CACHE_NAME} is static and holds {cache.max_cache_len} tokens, {max_cache_len} are to be kept: "
+                    "start with a fresh one"
+                )
             cache._is_user_defined = True
             model_kwargs[CACHE_NAME] = cache
             return
@@ -98,8 +108,12 @@ class Policy:
             model_kwargs[CACHE_NAME] = self.passes.new_cache(longest if kind == "static" else None)
 
 
-def _refuse(labels: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _refuse(attention_mask: Mask, labels: Tensor | None, kwargs: dict[str, Any]) -> None:
     """Raise a ValueError for arguments of a base model's forward that the policy has no answer to."""
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention_mask of four dimensions is {attention_mask.dtype}: give a bool one, true where a token is seen"
+        )
     if labels is not None:
         raise ValueError("labels are not used here: train with packed pairs, model(PreferenceCollator(...)(rows))")
     given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
@@ -112,7 +126,7 @@ def check_uncached_input(
     inputs: Any = None, *, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any
 ) -> None:
     """Raise a ValueError where the cache given to `generate` holds all of the input: there would be nothing to run."""
-    tokens, cache = input_ids if inputs is None else inputs, kwargs.get(CACHE_NAME)
+    tokens, cache = input_ids if inputs is None else inputs, kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
     if not isinstance(cache, Cache) or not isinstance(tokens, Tensor):
         return
     only_new = isinstance(attention_mask, Tensor) and attention_mask.shape[1] != tokens.shape[1]
@@ -121,6 +135,15 @@ def check_uncached_input(
             f"{CACHE_NAME} holds {int(cache.get_seq_length())} tokens, the input has {tokens.shape[1]}: give all "
             "tokens so far, those in the cache too, and at least one more"
         )
+
+
+def check_assistant(model: PreTrainedModel, assistant_model: Any = None, **kwargs: Any) -> None:
+    """Raise a ValueError where the assistant would be the policy itself: the base is that for the time of the call."""
+    if kwargs.get("assistant_early_exit") is not None:
+        raise ValueError("assistant_early_exit would run the policy as its own assistant: give an assistant_model")
+    inner = assistant_model.get_base_model() if isinstance(assistant_model, PeftModel) else assistant_model
+    if inner is model:
+        raise ValueError("assistant_model is this very model, which is the policy meanwhile: load it a second time")
 
 
 @functools.cache
@@ -160,7 +183,6 @@ def _policy_class(cls: Any) -> Any:
 def customised(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedModel]:
     """`model` as the customised policy inside the context: its class is a subclass of its own, no module is copied."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lock_of(policy.decoder))
         stack.enter_context(policy.passes.prepared())
         cls: Any = type(model)
         stack.callback(setattr, model, "__class__", cls)

@@ -142,9 +142,17 @@ class RowLora:
         return torch.cat(parts)
 
 
+class RowLeanLoraLinear(RowLora, LeanLoraLinear):
+    """The plain LoRA linear layer; of other classes `_on_rows` makes such ones."""
+
+
 @functools.cache
 def _on_rows(cls: Any) -> type:
-    return type(f"Row{cls.__name__}", (RowLora, cls), {"__module__": cls.__module__})
+    if cls is LeanLoraLinear:
+        return RowLeanLoraLinear
+    made = type(f"Row{cls.__name__}", (RowLora, cls), {"__module__": __name__})
+    globals()[made.__name__] = made  # where a copy or a pickle of the model looks for it
+    return made
 
 
 class RowLoraLayers:

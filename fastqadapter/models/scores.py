@@ -26,6 +26,14 @@ class ScoreRule:
         return self.softcap is None and self.sinks is None
 
 
+def bottom_right_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) bool: the last query sees all keys, the one before it all but the last, ...; with a window, none
+    but the last `window` of these."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
 def explicit_attention(
     query: Tensor,  # (B, Hq, L, Dh)
     key: Tensor,  # (B, Hkv, T, Dh)

@@ -35,7 +35,9 @@ class Step:
 
     def but_last(self, rows: int) -> Step:
         """All but the last tokens."""
-        mask = _each(self.attention_mask, lambda mask: mask[:, :-rows] if mask.dim() == 2 else mask[:, :, :-rows])
+        mask = _each(
+            self.attention_mask, lambda mask: mask[:, :-rows] if mask.dim() == 2 else mask[:, :, :-rows, :-rows]
+        )
         return Step(self.tokens[:, :-rows], mask, self.position_ids[:, :-rows])
 
     def repeat(self, streams: int) -> Step:
@@ -61,7 +63,8 @@ def check_prompt_end(step: Step, rows: int | None) -> None:
     if rows is None and step.length > 1:
         raise ValueError(
             "kv_mode='prompt' gives logits from the last prompt token on: pass logits_to_keep=1 where the input is the "
-            "prompt, 1 + k where k tokens of a response follow it; or score responses with a packed batch"
+            "prompt, 1 + k where k tokens of a response follow it; score responses with a packed batch; for negative "
+            "prompts use another kv_mode"
         )
 
 

@@ -12,6 +12,7 @@ log-sum-exps.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from fastqadapter.models.scores import ScoreRule, explicit_attention
+from fastqadapter.models.scores import ScoreRule, bottom_right_mask, explicit_attention
 
 if TYPE_CHECKING:
     from fastqadapter.models.cache import StreamCache
@@ -54,24 +55,29 @@ def stream_attention(
     prefix = None if stream_cache is None else stream_cache.prefix(module.layer_idx)  # type: ignore[arg-type]
     if prefix is None:
         return _attend(query, key, value, attention_mask, rule)[0], None
-    prompt_key, prompt_value = prefix
-    length, keys = query.shape[2], prompt_key.shape[2] + key.shape[2]
-    if attention_mask is None and length > 1:
-        attention_mask = _bottom_right(length, keys, sliding_window, query.device)
-    prompt_mask, own_mask = None, None
-    if attention_mask is not None:
-        prompt_mask, own_mask = attention_mask.split([prompt_key.shape[2], key.shape[2]], dim=-1)
-    prompt_part = _attend(query, prompt_key, prompt_value, prompt_mask, rule, with_lse=True)
-    if rule.sinks is not None:  # once, not in both parts
-        rule = ScoreRule(rule.scaling, rule.window, rule.softcap)
-    return _merge(prompt_part, _attend(query, key, value, own_mask, rule, with_lse=True)), None
+    return _attend_behind_prompt(query, *prefix, key, value, attention_mask, rule), None
 
 
-def _merge(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
+def _attend_behind_prompt(
+    query: Tensor,
+    prompt_key: Tensor,  # (B, Hkv, T_prompt, Dh)
+    prompt_value: Tensor,
+    key: Tensor,  # (S B, Hkv, T_own, Dh)
+    value: Tensor,
+    mask: Tensor | None,
+    rule: ScoreRule,
+) -> Tensor:
     """Attention over two sets of keys from the attention over each: `o = sum_i exp(lse_i - lse) o_i`."""
-    (output, lse), (other, other_lse) = one, two
-    # (S B, Hq, L) -> (S B, L, Hq, 1); no row is without any key, so the denominator is finite.
-    share = torch.sigmoid(lse - other_lse).transpose(1, 2)[..., None]
+    length, keys = query.shape[2], prompt_key.shape[2] + key.shape[2]
+    if mask is None and (length > 1 or (rule.window or keys) < keys):
+        mask = bottom_right_mask(length, keys, rule.window, query.device)[None, None]
+    masks = (None, None) if mask is None else mask.split([prompt_key.shape[2], key.shape[2]], dim=-1)
+    rule = dataclasses.replace(rule, window=None)  # the masks say it; from its own end, neither part could
+    output, lse = _attend(query, prompt_key, prompt_value, masks[0], rule, with_lse=True)
+    rule = dataclasses.replace(rule, sinks=None)  # they were in the first part
+    other, other_lse = _attend(query, key, value, masks[1], rule, with_lse=True)
+    # (S B, Hq, L) -> (S B, L, Hq, 1). An lse is -inf where no key is in sight; both are in a row of padding alone.
+    share = torch.sigmoid((lse - other_lse).nan_to_num()).transpose(1, 2)[..., None]
     return (share * output + (1 - share) * other).to(output.dtype)
 
 
@@ -79,37 +85,46 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: ScoreRule, with_lse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Output (S B, L, Hq, Dv) and, where asked for, its log-sum-exp (S B, Hq, L); -inf where no key is in sight."""
-    rows, heads, length, _ = query.shape
-    streams, kv_heads = rows // key.shape[0], key.shape[1]
+    length, keys, kv_heads = query.shape[2], key.shape[2], key.shape[1]
+    streams = query.shape[0] // key.shape[0]
     mask = _fit_rows(mask, key.shape[0])
     grouped = fold(query, streams, kv_heads)  # (B, Hkv, S g, L, Dh)
-    use_flash = rule.sinks is None and _can_use_flash(query, value, mask)
-    causal = length > 1 and mask is None
-    if causal and not use_flash and key.shape[2] > length:
-        causal, mask = False, _bottom_right(length, key.shape[2], rule.window, query.device)
-    lse = query.new_empty(0)
-    if use_flash:
+    if rule.sinks is None and _can_use_flash(query, value, mask):
         output, lse = _flash(grouped.flatten(1, 2), key, value, rule)
-    elif not rule.is_plain or (with_lse and not _can_use_cpu_kernel(query, value)):
-        if causal:
-            mask = _bottom_right(length, length, rule.window, query.device)
-        if rule.sinks is not None:
-            sinks = rule.sinks.view(kv_heads, 1, -1).expand(-1, streams, -1).flatten()
-            rule = ScoreRule(rule.scaling, rule.window, rule.softcap, sinks)
-        output, lse = explicit_attention(grouped.flatten(1, 2), key, value, mask, rule)
     else:
-        # One query token: the streams' heads are rows of one product with their K/V head.
-        one = length == 1
-        q = grouped.flatten(2, 3) if one else grouped.flatten(1, 2)
-        if with_lse:
-            output, lse = _cpu_attention_with_lse(q, key, value, mask, causal, rule.scaling)
+        if mask is None and (1 < length < keys or (rule.window or keys) < keys):
+            mask = bottom_right_mask(length, keys, rule.window, query.device)[None, None]
+        if rule.is_plain and not with_lse:
+            output, lse = _sdpa(grouped, key, value, mask, rule), query
+        elif rule.is_plain and _can_use_cpu_kernel(query, key, value):
+            output, lse = _cpu_attention_with_lse(grouped.flatten(1, 2), key, value, mask, rule)
         else:
-            output = F.scaled_dot_product_attention(
-                q, key, value, attn_mask=mask, is_causal=causal, scale=rule.scaling, enable_gqa=not one
-            )
+            output, lse = _explicit(grouped, key, value, mask, rule)
     if with_lse:
         lse = unfold(lse.reshape(key.shape[0], kv_heads, -1, length, 1), streams)[..., 0].transpose(1, 2)
     return unfold(output.reshape(key.shape[0], kv_heads, -1, length, value.shape[-1]), streams), lse
+
+
+def _sdpa(grouped: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: ScoreRule) -> Tensor:
+    length = grouped.shape[3]
+    if length == 1:  # the heads of a group are rows of one product with their K/V head
+        q = grouped.flatten(2, 3)
+        return F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=rule.scaling)
+    return F.scaled_dot_product_attention(
+        grouped.flatten(1, 2), key, value, attn_mask=mask, is_causal=mask is None, scale=rule.scaling, enable_gqa=True
+    )
+
+
+def _explicit(
+    grouped: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: ScoreRule
+) -> tuple[Tensor, Tensor]:
+    _, kv_heads, heads, length, _ = grouped.shape
+    if mask is None and length > 1:
+        mask = bottom_right_mask(length, key.shape[2], rule.window, grouped.device)[None, None]
+    if rule.sinks is not None:  # (Hq,), of each stream in turn within a group
+        sinks = rule.sinks.view(kv_heads, 1, -1)
+        rule = dataclasses.replace(rule, sinks=sinks.expand(-1, heads // sinks.shape[2], -1).flatten())
+    return explicit_attention(grouped.flatten(1, 2), key, value, mask, rule)
 
 
 def fold(query: Tensor, streams: int, kv_heads: int) -> Tensor:
@@ -136,25 +151,22 @@ def _fit_rows(mask: Tensor | None, rows: int) -> Tensor | None:
     return mask[:rows] if mask.shape[0] > rows else mask.repeat(rows // mask.shape[0], 1, 1, 1)
 
 
-def _bottom_right(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(1, 1, queries, keys) bool: the last query sees all keys, the one before it all but the last, ..."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    seen = distance >= 0
-    return (seen if window is None else seen & (distance < window))[None, None]
-
-
-def _can_use_cpu_kernel(query: Tensor, value: Tensor) -> bool:
-    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+def _can_use_cpu_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch's CPU kernel gives the log-sum-exp; its backward pass would leave out the gradient of that."""
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not needs_grad
 
 
 def _cpu_attention_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: ScoreRule
 ) -> tuple[Tensor, Tensor]:
     """torch's CPU kernel, which SDPA calls too, asked for its log-sum-exp."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings make fp32 of them
     additive = None
     if mask is not None:
         additive = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-    output, lse = _cpu_kernel(query, key, value, 0.0, causal, attn_mask=additive, scale=scaling)
+    causal = mask is None and query.shape[2] > 1
+    output, lse = _cpu_kernel(query, key, value, 0.0, causal, attn_mask=additive, scale=rule.scaling)
     if mask is not None:  # where no key is in sight, torch 2.13 gives output 0 and lse 0
         lse = lse.masked_fill(~mask.any(dim=-1), -torch.inf)
     return output, lse
@@ -197,10 +209,11 @@ def _stream_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """transformers' mask for SDPA; None only where attention to all keys, or bottom-right causal, is the same: not for
     the empty rest of a static cache."""
     queries, keys = kwargs["q_length"], kwargs["kv_length"]
-    if kwargs.get("attention_mask") is None and torch.device(kwargs.get("device", "cpu")).type == "cuda":
+    unmasked = kwargs.get("attention_mask") is None and kwargs.get("local_size") is None
+    if unmasked and torch.device(kwargs.get("device", "cpu")).type == "cuda":
         ends = kwargs.get("q_offset", 0) + queries, kwargs.get("kv_offset", 0) + keys
         if all(isinstance(end, int) for end in ends) and ends[0] == ends[1] and flash_attn_func() is not None:
-            return None  # flash-attn takes no mask; layers that slide pass their window on
+            return None  # flash-attn takes no mask
     skip = kwargs.get("allow_is_causal_skip", True) and queries in (1, keys)
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": skip})
 

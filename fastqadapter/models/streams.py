@@ -27,6 +27,9 @@ from fastqadapter.models.lora import use_lean_lora
 from fastqadapter.models.row_lora import RowLoraLayers, StreamRows
 from fastqadapter.packing import PackedPairs, pack_pairs
 
+# What an architecture raises that does not fit.
+ARCHITECTURE_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError)
+
 # One thread at a time runs streams on a decoder: they switch adapters and attention on the modules themselves.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -66,6 +69,10 @@ class TwoStreams:
         self.tuner_layers = [module for _, module in base.tuner_layers(self.decoder)]
         self.frozen_modules = base.frozen_modules(self.model)
         self.trunk_depth = base.first_adapted_layer(self.layers)
+
+    def adapters_are_disabled(self) -> bool:
+        """Whether the user has turned them off with PEFT's `disable_adapter_layers`."""
+        return bool(self.tuner_layers) and all(layer.disable_adapters for layer in self.tuner_layers)
 
     @contextlib.contextmanager
     def base_stream(self) -> Iterator[None]:
@@ -226,7 +233,7 @@ def check_servable(model: PreTrainedModel, kv_mode: KVMode) -> None:
             hidden_q, hidden_b = streams.packed_hidden_states(batch.to(tokens.device))
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+    except ARCHITECTURE_ERRORS as error:
         raise ValueError(f"{name} cannot be served with kv_mode={kv_mode!r}: {error}") from error
     expected = torch.cat([hidden_states[0, 2:], hidden_states[1, 3:4]]).float()
     for stream in (hidden_b, hidden_q):

@@ -38,7 +38,7 @@ class TwoPass:
         if isinstance(cache, TwoStreamCache):
             return cache
         adopted = TwoStreamCache(self.streams.decoder_config)
-        adopted.layers = base_layers(cache, self.streams.kv_mode) or adopted.layers
+        adopted.layers = base_layers(cache, self.streams.decoder_config, self.streams.kv_mode) or adopted.layers
         adopted.batch_repeat_interleave(repeats_for(adopted, batch))
         return adopted
 
@@ -52,7 +52,7 @@ class TwoPass:
         kept = step.length if rows is None else min(rows, step.length)
         own = self.streams.kv_mode != "shared"
         if self.streams.kv_mode == "prompt":
-            if not cache.is_forked:
+            if self.adapters and not cache.is_forked:
                 check_prompt_end(step, rows)
                 if kept < step.length:
                     self._run_base(step.but_last(kept), cache)
@@ -60,7 +60,8 @@ class TwoPass:
                     cache.fork(name)
                 cache.is_forked = True
                 step = step.last(kept)
-            check_response(step, kept)
+            if self.adapters:
+                check_response(step, kept)
         own_caches = {name: cache.own_cache(name) for name in self.adapters} if own else {}
         hidden = [self._run_base(step, cache)[:, -kept:]]
         for name in self.adapters:
