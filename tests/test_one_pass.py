@@ -414,5 +414,6 @@ def test_hooks_set_after_the_first_call_are_called() -> None:
 
     layer.forward = hooked
     assert generated(model, PROMPT, max_new_tokens=4) == expected
-    assert len(calls) == 5 and all(shape[0] == 1 for shape in calls)  # the prompt but its last token, then 4 tokens
+    # The prompt, with a row for the adapter at its end; then 3 tokens, on the row of the base alone.
+    assert calls == [(1, len(PROMPT) + 1, 32), *[(1, 1, 32)] * 3]
     assert layer.forward is hooked

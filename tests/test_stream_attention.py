@@ -21,6 +21,8 @@ BATCH, KV_HEADS, GROUP, SIZE = 2, 3, 2, 8
 class Prefix:
     """As much of a cache as the attention asks for."""
 
+    tail = 0
+
     def __init__(self, keys: Tensor, values: Tensor):
         self.held = keys, values
 
@@ -140,6 +142,27 @@ def test_streams_behind_a_shared_prompt(
 
     inputs = [query, *prefix, *suffix]
     check(rule, dtype, inputs, run, formula(inputs))
+
+
+@pytest.mark.parametrize("past", [0, 2])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "ragged"])
+@pytest.mark.parametrize("tail", [1, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_that_come_along_with_a_prompt(rule: str, tail: int, masked: bool, window: int | None, past: int) -> None:
+    """`tail` rows behind L tokens see what the last of these sees, and nobody sees them."""
+    length, keys = 4, 4 + past
+    query = draw(BATCH, KV_HEADS * GROUP, length + tail, SIZE)
+    key, value = draw(BATCH, KV_HEADS, keys, SIZE, seed=1), draw(BATCH, KV_HEADS, keys, SIZE, seed=2)
+    seen = ragged_mask(BATCH if masked else 1, length, keys, window).expand(BATCH, -1, -1, -1)
+    seen = torch.cat([seen, *[seen[:, :, -1:]] * tail], dim=2)
+    mask = torch.cat([seen, torch.ones(BATCH, 1, length + tail, tail, dtype=torch.bool)], dim=3) if masked else None
+    cache = SimpleNamespace(tail=tail)
+    found, _ = streams.stream_attention(
+        LAYER, query, key, value, mask, sliding_window=window, stream_cache=cache, **RULES[rule]
+    )
+    expected = by_formula(query, key, value, seen, RULES[rule].get("softcap"), RULES[rule].get("s_aux"))
+    torch.testing.assert_close(found, expected.nan_to_num(0.0))  # a row of padding sees no key
 
 
 @pytest.mark.parametrize("length", [1, 2])

@@ -50,6 +50,7 @@ class StreamCache(Cache):
         super().__init__(layers=self._empty_layers() if layers is None else layers)
         self.takes_padding_mask = False  # for a pass that is split in two, whose masks the decoder makes itself
         self.batch = 0
+        self.tail = 0  # token rows at the end of a pass that are not the base's, and have no K/V
         self.adapters: tuple[str, ...] | None = None  # whose K/V are in the rows behind the base's
         self._compressed = getattr(config, "kv_lora_rank", None) is not None
 
@@ -132,7 +133,8 @@ class StreamCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         if self.kv_mode == "shared":
-            key_states, value_states = key_states[: self.batch], value_states[: self.batch]
+            tokens = slice(key_states.shape[-2] - self.tail)
+            key_states, value_states = key_states[: self.batch, :, tokens], value_states[: self.batch, :, tokens]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def fork(self, adapters: tuple[str, ...]) -> None:

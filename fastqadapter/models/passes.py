@@ -71,9 +71,11 @@ def _trial_refusal(streams: TwoStreams, adapters: tuple[str, ...]) -> str | None
     position_ids = torch.arange(6, device=prompts.device).expand(2, -1)
     steps = [(Step(prompts, None, position_ids[:, :4]), 1), (Step(more, None, position_ids[:, 4:]), 2)]
 
+    noise: list[Tensor] = []
+
     def run(passes: Passes) -> Tensor:
         cache: Any = passes.new_cache()
-        with passes.prepared(), _noise_on_adapters(streams, passes):
+        with passes.prepared(), _noise_on_adapters(streams, passes, noise):
             return torch.cat([passes.hidden_states(step, cache, rows) for step, rows in steps], dim=2)
 
     name = type(streams.model).__name__
@@ -92,19 +94,20 @@ def _trial_refusal(streams: TwoStreams, adapters: tuple[str, ...]) -> str | None
 
 
 @contextlib.contextmanager
-def _noise_on_adapters(streams: TwoStreams, passes: Passes) -> Iterator[None]:
-    """Add the same noise to every row of an adapter, as it comes to the first adapted layer."""
+def _noise_on_adapters(streams: TwoStreams, passes: Passes, noise: list[Tensor]) -> Iterator[None]:
+    """Add the same noise to every row of an adapter, as it comes to the first adapted layer. `noise` is drawn where it
+    is empty."""
 
     def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        noisy = (args[0] if args else kwargs["hidden_states"]).clone()
+        if not noise:
+            drawn = torch.randn(noisy.shape[-1], generator=torch.Generator().manual_seed(0))
+            noise.append(noisy.std() * drawn.to(noisy.device, noisy.dtype))
         if isinstance(passes, OnePass):
-            first = hidden.shape[0] // passes.rows.streams if passes.rows.streams > 1 else hidden.shape[0]
+            own = noisy[:0] if passes.rows.base_alone else passes.rows.own(noisy)
         else:
-            first = hidden.shape[0] if streams.tuner_layers[0].disable_adapters else 0
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(hidden.shape[-1], generator=generator).to(hidden.device, hidden.dtype)
-        noisy = hidden.clone()
-        noisy[first:] += hidden.std(correction=0) * noise  # the same number for rows and their repetition
+            own = noisy[:0] if streams.adapters_are_disabled() else noisy
+        own += noise[0]
         return ((noisy, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": noisy})
 
     layers = streams.layers[streams.trunk_depth : streams.trunk_depth + 1]

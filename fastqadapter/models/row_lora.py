@@ -27,11 +27,38 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("ga
 
 
 class StreamRows:
-    """How the rows of the pass that runs now are split: `streams` equal parts, the base's first."""
+    """Which rows of the pass that runs now are whose: `streams` equal parts, the base's first; or, with `tail`, those
+    of the adapters are the last token rows of each of `batch` sequences."""
 
     def __init__(self, adapters: Sequence[str]):
         self.adapters = tuple(adapters)
         self.streams = 1 + len(self.adapters)  # 1 in a pass of the base alone
+        self.tail = 0
+        self.batch = 0
+
+    @property
+    def base_alone(self) -> bool:
+        return self.streams == 1 and not self.tail
+
+    def own(self, x: Tensor) -> Tensor:
+        """(rows, ..., D) -> (n, rows of one adapter, D), a view where `x` is contiguous."""
+        if self.tail:
+            return x.reshape(self.batch, -1, x.shape[-1])[:, -self.tail :].transpose(0, 1)
+        return x.reshape(self.streams, -1, x.shape[-1])[1:]
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The rows of the base, and those of each adapter."""
+        if not self.tail:
+            return x.chunk(self.streams)
+        x = x.reshape(self.batch, -1, x.shape[-1])
+        return x[:, : -self.tail], *x[:, -self.tail :].split(1, dim=1)
+
+    def join(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """The inverse of `split`; `shape` is that of what was split."""
+        if not self.tail:
+            return torch.cat(list(parts))
+        joined = torch.cat(list(parts), dim=1)
+        return joined.reshape(*shape[:-1], joined.shape[-1])
 
 
 class LowRank:
@@ -61,11 +88,11 @@ class LowRank:
     def add(self, y: Tensor, x: Tensor, rows: StreamRows) -> Tensor:
         """`y += x A B` on the rows of each adapter, in place; x (S B, ..., D_in), y (S B, ..., D_out)."""
         low_rank = self.source.of(x, rows)[..., self.columns]
-        own = y.view(rows.streams, -1, y.shape[-1])
-        if rows.streams == 2:
-            own[1].add_(low_rank @ self.b[0])
+        own = rows.own(y)
+        if len(own) == 1:
+            own[0].add_(low_rank @ self.b[0])
         else:
-            own[1:].add_(torch.bmm(low_rank, self.b))
+            own.add_(torch.bmm(low_rank, self.b))
         return y
 
 
@@ -98,11 +125,8 @@ class SharedProduct:
         """(n, rows, r of all members), without the first axis where n is 1; computed when the first member asks, let go
         of when the last has."""
         if x is not self._input:
-            own = x.reshape(rows.streams, -1, x.shape[-1])
-            if rows.streams == 2:
-                product = own[1].to(self.a.dtype) @ self.a[0]
-            else:
-                product = torch.bmm(own[1:].to(self.a.dtype), self.a)
+            own = rows.own(x).to(self.a.dtype)
+            product = own[0] @ self.a[0] if len(own) == 1 else torch.bmm(own, self.a)
             if self.members == 1:
                 return product
             self._input, self._product, self._left = x, product, self.members
@@ -125,11 +149,11 @@ class RowLora:
         if rows is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         layer: Any = self
-        if rows.streams > 1 and self.low_rank is not None:
+        if not rows.base_alone and self.low_rank is not None:
             return self.low_rank.add(layer.base_layer(x), x, rows)
-        if rows.streams == 1 or not any(adapter in layer.r for adapter in rows.adapters):
+        if rows.base_alone or not any(adapter in layer.r for adapter in rows.adapters):
             return layer.base_layer(x)
-        first, *others = x.chunk(rows.streams)
+        first, *others = rows.split(x)
         parts = [layer.base_layer(first)]
         for part, adapter in zip(others, rows.adapters, strict=True):
             # Not by set_adapter(), which walks all modules and touches requires_grad.
@@ -139,7 +163,7 @@ class RowLora:
                 parts.append(super().forward(part))  # type: ignore[misc]
             finally:
                 layer._active_adapter, layer._disable_adapters = before
-        return torch.cat(parts)
+        return rows.join(parts, x.shape)
 
 
 class RowLeanLoraLinear(RowLora, LeanLoraLinear):

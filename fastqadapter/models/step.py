@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # transformers builds masks of four dimensions itself for a cache that can be compiled, one for each kind of layer.
@@ -50,6 +51,14 @@ class Step:
 
         mask = _each(self.attention_mask, lambda mask: repeated(mask) if mask.dim() == 2 else mask)
         return Step(repeated(self.tokens), mask, repeated(self.position_ids))
+
+    def with_tail(self, rows: int) -> Step:
+        """The last token `rows` times more behind the others, at its own position."""
+
+        def extended(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor, *[tensor[:, -1:]] * rows], dim=1)
+
+        return Step(extended(self.tokens), _each(self.attention_mask, extended), extended(self.position_ids))
 
     def decoder_inputs(self) -> dict[str, Any]:
         """Arguments of a decoder's forward."""

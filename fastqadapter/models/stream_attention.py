@@ -52,10 +52,31 @@ def stream_attention(
     if unknown:
         raise ValueError(f"{type(module).__name__} attends with {unknown}, which one pass for all streams cannot serve")
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    if stream_cache is not None and stream_cache.tail:
+        return _attend_with_tail(query, key, value, attention_mask, rule, stream_cache.tail), None
     prefix = None if stream_cache is None else stream_cache.prefix(module.layer_idx)  # type: ignore[arg-type]
     if prefix is None:
         return _attend(query, key, value, attention_mask, rule)[0], None
     return _attend_behind_prompt(query, *prefix, key, value, attention_mask, rule), None
+
+
+def _attend_with_tail(
+    query: Tensor,  # (B, Hq, L + n, Dh)
+    key: Tensor,  # (B, Hkv, T, Dh)
+    value: Tensor,
+    mask: Tensor | None,  # (B, 1, L + n, T + n)
+    rule: ScoreRule,
+    tail: int,
+) -> Tensor:  # (B, L + n, Hq, Dv)
+    """Attention of L tokens and of n rows more, which see what the last token sees: one token of n streams."""
+    masks: tuple[Tensor | None, Tensor | None] = (None, None)
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+        masks = mask[:, :, :-tail], mask[:, :, -tail - 1 : -tail]
+    output, _ = _attend(query[:, :, :-tail], key, value, masks[0], rule)
+    streams = query[:, :, -tail:].permute(2, 0, 1, 3).flatten(0, 1).unsqueeze(2)  # (n B, Hq, 1, Dh)
+    others, _ = _attend(streams, key, value, masks[1], rule)
+    return torch.cat([output, others.unflatten(0, (tail, -1)).squeeze(2).transpose(0, 1)], dim=1)
 
 
 def _attend_behind_prompt(
@@ -97,7 +118,8 @@ def _attend(
         if rule.is_plain and not with_lse:
             output, lse = _sdpa(grouped, key, value, mask, rule), query
         elif rule.is_plain and _can_use_cpu_kernel(query, key, value):
-            output, lse = _cpu_attention_with_lse(grouped.flatten(1, 2), key, value, mask, rule)
+            q = grouped.flatten(2, 3) if length == 1 else grouped.flatten(1, 2)  # as in _sdpa
+            output, lse = _cpu_attention_with_lse(q, key, value, mask, causal=length > 1, scaling=rule.scaling)
         else:
             output, lse = _explicit(grouped, key, value, mask, rule)
     if with_lse:
@@ -158,15 +180,15 @@ def _can_use_cpu_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _cpu_attention_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: ScoreRule
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """torch's CPU kernel, which SDPA calls too, asked for its log-sum-exp."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings make fp32 of them
     additive = None
     if mask is not None:
         additive = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-    causal = mask is None and query.shape[2] > 1
-    output, lse = _cpu_kernel(query, key, value, 0.0, causal, attn_mask=additive, scale=rule.scaling)
+    causal = causal and mask is None
+    output, lse = _cpu_kernel(query, key, value, 0.0, causal, attn_mask=additive, scale=scaling)
     if mask is not None:  # where no key is in sight, torch 2.13 gives output 0 and lse 0
         lse = lse.masked_fill(~mask.any(dim=-1), -torch.inf)
     return output, lse
