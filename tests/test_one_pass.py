@@ -256,8 +256,10 @@ def test_a_mask_of_four_dimensions(keep: int) -> None:
     model = trained_twins("llama", "shared").model
     causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
     inputs = torch.tensor([PROMPT])
-    found = model(input_ids=inputs, attention_mask=causal, logits_to_keep=keep).logits
-    torch.testing.assert_close(found, model(input_ids=inputs, logits_to_keep=keep).logits)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found = model(input_ids=inputs, attention_mask=causal, logits_to_keep=keep).logits
+            torch.testing.assert_close(found, model(input_ids=inputs, logits_to_keep=keep).logits)
     with pytest.raises(ValueError, match="attention_mask of four dimensions is torch.float32: give a bool one"):
         model(input_ids=inputs, attention_mask=causal.float())
 

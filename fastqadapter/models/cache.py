@@ -90,14 +90,7 @@ class StreamCache(Cache):
             raise ValueError(
                 f"the cache is of kv_mode={self.kv_mode!r}, this model runs {kv_mode!r}: start with a fresh one"
             )
-        if self.batch not in (0, batch):
-            times = batch // self.batch
-            remedy = (
-                f"repeat them with its batch_repeat_interleave({times}), or " if times * self.batch == batch else ""
-            )
-            raise ValueError(
-                f"the cache holds {self.batch} sequences, {batch} are to be generated: {remedy}start with a fresh one"
-            )
+        check_batch(self.batch or batch, batch)
 
     def begin(self, batch: int, adapters: tuple[str, ...]) -> None:
         """Get ready for a pass over `batch` sequences with these adapters' streams.
@@ -165,6 +158,7 @@ class StreamCache(Cache):
     def reset(self) -> None:
         """Empty the cache."""
         self.layers = self._empty_layers()
+        self.batch = 0
         self.adapters = None
 
 
@@ -247,6 +241,15 @@ def check_layers(cache: Cache, config: PreTrainedConfig) -> None:
         raise ValueError(
             f"the cache has {len(cache.layers)} layers, the model {config.num_hidden_layers}: it is another model's"
         )
+
+
+def check_batch(rows: int, batch: int) -> None:
+    """Raise a ValueError where a cache of `rows` sequences goes on with another number of them."""
+    if rows == batch:
+        return
+    times = batch // rows
+    remedy = f"repeat them with its batch_repeat_interleave({times}), or " if times * rows == batch else ""
+    raise ValueError(f"the cache holds {rows} sequences, {batch} are to be generated: {remedy}start with a fresh one")
 
 
 def base_layers(cache: Cache, config: PreTrainedConfig, kv_mode: KVMode) -> list[CacheLayerMixin]:

@@ -68,7 +68,7 @@ class OnePass:
             check_response(step, kept)
         elif mode == "prompt":
             check_prompt_end(step, rows)
-        if mode == "shared" and kept == 1 < step.length and not torch.is_grad_enabled():
+        if mode == "shared" and kept == 1 < step.length and step.has_plain_mask and not torch.is_grad_enabled():
             return self._run_with_tail(step, cache)
         if kept < step.length:
             with torch.no_grad():

@@ -186,9 +186,8 @@ def customised(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedMod
         stack.enter_context(policy.passes.prepared())
         cls: Any = type(model)
         stack.callback(setattr, model, "__class__", cls)
-        if (
-            "_fqa_policy" not in model.__dict__
-        ):  # else a callback of `generate` asks for a policy while another one runs
+        # If it is there, a callback of `generate` asks for a policy while another one runs.
+        if "_fqa_policy" not in model.__dict__:
             model.__class__ = _policy_class(cls)
         overrides: dict[str, Any] = {"_fqa_policy": policy}
         if "forward" in model.__dict__:  # accelerate's hooks set one on the instance, which would shadow the policy's

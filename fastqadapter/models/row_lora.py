@@ -88,6 +88,7 @@ class LowRank:
     def add(self, y: Tensor, x: Tensor, rows: StreamRows) -> Tensor:
         """`y += x A B` on the rows of each adapter, in place; x (S B, ..., D_in), y (S B, ..., D_out)."""
         low_rank = self.source.of(x, rows)[..., self.columns]
+        y = y.contiguous()  # as products are; else `own` would be a copy
         own = rows.own(y)
         if len(own) == 1:
             own[0].add_(low_rank @ self.b[0])

@@ -29,6 +29,13 @@ class Step:
     def length(self) -> int:
         return self.tokens.shape[1]
 
+    @property
+    def has_plain_mask(self) -> bool:
+        """Whether the mask says no more than which tokens are padding."""
+        return self.attention_mask is None or (
+            isinstance(self.attention_mask, Tensor) and self.attention_mask.dim() == 2
+        )
+
     def last(self, rows: int) -> Step:
         """The last tokens; those before them are in the cache by now."""
         mask = _each(self.attention_mask, lambda mask: mask if mask.dim() == 2 else mask[:, :, -rows:])
