@@ -6,7 +6,7 @@
 SmolLM2-135M in bf16 on two cores, LoRA rank 8 on all linear layers that the mode allows, inside transformers' own
 generate. Every round lets each competitor generate once, one after the other, in one process; its time per token is the
 median over the tokens of the round, a ratio the median over rounds of the two times of one round. No time is taken
-before our logits agree with two passes.
+before the logits of `separate` agree with two passes of PEFT; that the other modes are right is the tests' business.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ def prompt(batch: int, length: int) -> Tensor:
     return torch.randint(1000, 40000, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(scope="module", autouse=True)
 def check_against_two_passes() -> None:
     """`separate` is the same function: what the two differ by in bf16 is little beside what the adapter does."""
     ids, kwargs = prompt(2, PROMPT), {"max_new_tokens": 1, "pad_token_id": 0, "do_sample": False}
@@ -166,7 +167,6 @@ def verdict(value: float, bar: float | None, at_least: bool = False) -> str:
 
 @pytest.mark.parametrize("batch", [1, 8], ids="batch-{}".format)
 def test_time_per_token(benchmark: Any, batch: int, report: list[str]) -> None:
-    check_against_two_passes()
     competitors: dict[str, Generate] = {kv_mode: qadapter_model(kv_mode).generate for kv_mode in MODES}
     competitors |= {
         "base": base_model().generate,

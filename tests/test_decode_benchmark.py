@@ -1,0 +1,29 @@
+"""The peers of `benchmarks/test_decode.py` compute what `separate` mode does, by other means."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.peers.decode import MixedBatch, generate_in_two_passes
+from generation_cases import NUMBERS, PROMPT, generated, ids_of, trained_twins
+from tiny import PAD
+
+
+def test_two_passes_within_generate() -> None:
+    twins = trained_twins("llama", "separate")
+    expected = generated(twins.model, PROMPT, max_new_tokens=12)
+    found = generate_in_two_passes(
+        twins.adapted, **ids_of(PROMPT), max_new_tokens=12, do_sample=False, pad_token_id=PAD, **NUMBERS
+    )
+    assert found[:, len(PROMPT) :].tolist() == expected
+
+
+@torch.no_grad()
+def test_mixed_batch() -> None:
+    twins = trained_twins("llama", "separate")
+    expected = generated(twins.model, PROMPT, max_new_tokens=12)[0]
+    stepper, tokens, found = MixedBatch(twins.adapted, **NUMBERS), torch.tensor([PROMPT]), []
+    for _ in range(12):
+        tokens = stepper.step(tokens).argmax(dim=-1, keepdim=True)
+        found.append(tokens.item())
+    assert found == expected
