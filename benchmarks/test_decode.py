@@ -21,13 +21,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import fastqadapter as fqa
 from benchmarks.peers.decode import CACHE_NAME, MixedBatch, generate_in_two_passes
 from fastqadapter.demo.smollm import demo_model_folder
 
-ROUNDS, TOKENS, PROMPT, LONG_PROMPT = 7, 24, 80, 1000
+ROUNDS, TOKENS, PROMPT, LONG_PROMPT, COMPILED_TOKENS = 7, 24, 80, 1000, 200
 MODES = ("shared", "prompt", "separate")
 # Times a base token's time, at most; of one adapter's where four are mixed; two passes over ours, at least.
 BARS = {("shared", 1): 1.3, ("shared", 8): 1.4, ("separate", 1): 1.6}
@@ -139,18 +140,20 @@ def check_against_two_passes() -> None:
     assert error < effect / 4, f"our logits are off by {error:.2%}, the adapter moves them {effect:.2%}"
 
 
-def interleaved(benchmark: Any, competitors: dict[str, Generate], ids: Tensor, tokens: int) -> dict[str, list[Clock]]:
+def interleaved(
+    benchmark: Any, competitors: dict[str, Generate], ids: Tensor, tokens: int, rounds: int = ROUNDS, warm_up: int = 2
+) -> dict[str, list[Clock]]:
     """The clocks of each competitor, round after round; the first competitor is the one in pytest-benchmark's table."""
     clocks: dict[str, list[Clock]] = {name: [] for name in competitors}
     ours, *others = competitors
     for generate in competitors.values():
-        run(generate, ids, 2)
+        run(generate, ids, warm_up)
 
     def rest() -> None:
         for name in others:
             clocks[name].append(run(competitors[name], ids, tokens))
 
-    benchmark.pedantic(lambda: clocks[ours].append(run(competitors[ours], ids, tokens)), setup=rest, rounds=ROUNDS)
+    benchmark.pedantic(lambda: clocks[ours].append(run(competitors[ours], ids, tokens)), setup=rest, rounds=rounds)
     return clocks
 
 
@@ -210,6 +213,31 @@ def test_time_to_first_token(benchmark: Any, report: list[str]) -> None:
         seconds = statistics.median(times[name])
         report.append(f"first token of {LONG_PROMPT}, {name}: {seconds:.2f} s, times base {verdict(found, bar)}")
         benchmark.extra_info[name] = found
+
+
+def test_compiled(benchmark: Any, report: list[str]) -> None:
+    """Both with a static cache and compiled steps, 200 tokens; a GPU gets CUDA graphs beside."""
+    config = CompileConfig(fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": config}
+    competitors: dict[str, Generate] = {
+        "shared": functools.partial(qadapter_model("shared").generate, **static),
+        "base": functools.partial(base_model().generate, **static),
+    }
+    competitors |= {
+        "shared, as it comes": qadapter_model("shared").generate,
+        "base, as it comes": base_model().generate,
+    }
+    ids = prompt(1, PROMPT)
+    run(competitors["shared"], ids, COMPILED_TOKENS)
+    graphs = counters["stats"]["unique_graphs"]
+    clocks = interleaved(benchmark, competitors, ids, COMPILED_TOKENS, rounds=3, warm_up=COMPILED_TOKENS)
+    times = {name: [clock.per_token for clock in each] for name, each in clocks.items()}
+    for name in times:
+        milliseconds = 1e3 * statistics.median(times[name])
+        report.append(f"{name}: {milliseconds:.1f} ms a token, times base {ratio(times[name], times['base']):.2f}")
+    report.append(f"graphs compiled for {COMPILED_TOKENS} tokens of shared: {graphs}")
+    benchmark.extra_info.update(graphs=graphs, times_base=ratio(times["shared"], times["base"]))
 
 
 def test_kv_bytes(benchmark: Any, report: list[str]) -> None:

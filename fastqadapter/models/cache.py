@@ -45,7 +45,7 @@ class StreamCache(Cache):
     ):
         self.config = config
         self.kv_mode = kv_mode
-        self.max_cache_len = max_cache_len
+        self.capacity = max_cache_len  # by another name: transformers 5.16 has a property `max_cache_len`
         self.layers: list[Any]
         super().__init__(layers=self._empty_layers() if layers is None else layers)
         self.takes_padding_mask = False  # for a pass that is split in two, whose masks the decoder makes itself
@@ -69,14 +69,14 @@ class StreamCache(Cache):
         return stream_cache
 
     def _empty_layers(self) -> list[CacheLayerMixin]:
-        if self.max_cache_len is not None and self.kv_mode != "prompt":  # its prompt part does not grow in decoding
-            return StaticCache(self.config, self.max_cache_len).layers
+        if self.capacity is not None and self.kv_mode != "prompt":  # its prompt part does not grow in decoding
+            return StaticCache(self.config, self.capacity).layers
         return DynamicCache(config=self.config).layers
 
     @property
     def is_compileable(self) -> bool:
         """For transformers: compile decoding, and prepare masks of four dimensions for it."""
-        return self.max_cache_len is not None and not self.takes_padding_mask
+        return self.capacity is not None and not self.takes_padding_mask
 
     @property
     def is_forked(self) -> bool:
@@ -130,9 +130,16 @@ class StreamCache(Cache):
             key_states, value_states = key_states[: self.batch, :, tokens], value_states[: self.batch, :, tokens]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def settle(self) -> None:
+        """Let sliding layers that keep their past for `crop` forget what no further pass can see: before transformers
+        5.24 such a layer shows all it keeps in the next pass."""
+        for layer in self.layers:
+            if getattr(layer, "record_past", False):
+                layer.crop(0)
+
     def fork(self, adapters: tuple[str, ...]) -> None:
         """From here on each stream has K/V of its own; all read what is there already (`prompt` mode)."""
-        self.layers = [ForkedLayer(layer, self.max_cache_len) for layer in self.layers]
+        self.layers = [ForkedLayer(layer, self.capacity) for layer in self.layers]
         self.adapters = adapters
 
     def prefix(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:

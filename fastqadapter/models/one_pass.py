@@ -73,6 +73,7 @@ class OnePass:
         if kept < step.length:
             with torch.no_grad():
                 self._run(step.but_last(kept), cache, ())
+            cache.settle()
         if mode == "prompt" and not cache.is_forked:
             cache.fork(self.adapters)
         return self._run(step.last(kept), cache, self.adapters)

@@ -91,9 +91,9 @@ class Policy:
             if kind is not None:
                 raise ValueError(f"cache_implementation={kind!r} is for a new cache, and one was given: leave one out")
             cache: Any = self.passes.accepted_cache(given, rows)
-            if isinstance(cache, StreamCache) and 0 < (cache.max_cache_len or 0) < max_cache_len:
+            if isinstance(cache, StreamCache) and 0 < (cache.capacity or 0) < max_cache_len:
                 raise ValueError(
-                    f"{CACHE_NAME} is static and holds {cache.max_cache_len} tokens, {max_cache_len} are to be kept: "
+                    f"{CACHE_NAME} is static and holds {cache.capacity} tokens, {max_cache_len} are to be kept: "
                     "start with a fresh one"
                 )
             cache._is_user_defined = True
