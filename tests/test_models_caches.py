@@ -129,6 +129,18 @@ def test_a_cache_of_the_base_serves_every_adapter_and_stays_as_it_is(
     assert all(torch.equal(now, then) for now, then in zip(before, clones, strict=True))
 
 
+@pytest.mark.parametrize("refusal", [None, "the test wants it so"], ids=["one pass", "two passes"])
+def test_emptying_what_went_on_from_a_document_leaves_it_alone(refusal: str | None) -> None:
+    model = make_twins("llama", "shared").model
+    model.streams.one_pass_refusal, model.streams.is_checked = refusal, True
+    document = filled_by_base(model, PROMPT)
+    clones = [each.clone() for each in contents(document)]
+    cache = with_cache(model, [*PROMPT, 5], 3, **{CACHE_NAME: document})[CACHE_NAME]
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert all(torch.equal(now, then) for now, then in zip(contents(document), clones, strict=True))
+
+
 @pytest.mark.parametrize("kv_mode", ["prompt", "shared"])
 def test_one_document_for_a_batch_of_questions(kv_mode: str) -> None:
     model = trained_twins("llama", kv_mode).model

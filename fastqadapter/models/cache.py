@@ -65,7 +65,7 @@ class StreamCache(Cache):
             ValueError: the Q stream cannot read K/V of the base, or these.
         """
         stream_cache = cls(config, kv_mode, layers=base_layers(cache, config, kv_mode) or None)
-        stream_cache.batch_repeat_interleave(repeats_for(stream_cache, batch))
+        repeat_for(stream_cache, batch)
         return stream_cache
 
     def _empty_layers(self) -> list[CacheLayerMixin]:
@@ -185,7 +185,6 @@ class ForkedLayer(CacheLayerMixin):
         self.joins_prefix = False
         self.suffix = DynamicLayer() if max_cache_len is None else StaticLayer(max_cache_len - self.start)
         self.is_sliding = bool(getattr(base, "is_sliding", False))
-        self.is_compileable = max_cache_len is not None
         self.is_initialized = True
 
     @property
@@ -284,16 +283,22 @@ def base_layers(cache: Cache, config: PreTrainedConfig, kv_mode: KVMode) -> list
     return [copy.copy(layer) for layer in cache.layers]
 
 
-def repeats_for(cache: Cache, batch: int) -> int:
-    """How often each sequence of a cache is to be repeated for a batch.
+def sequences_in(cache: Cache) -> int | None:
+    """How many rows of K/V of the base a cache holds; None of an empty one."""
+    return next((layer.keys.shape[0] for layer in cache.layers if layer.keys is not None), None)
+
+
+def repeat_for(cache: Cache, batch: int) -> None:
+    """Repeat each sequence of a cache, so that there are `batch`.
 
     Raises:
         ValueError: the batch is no multiple of the sequences in the cache.
     """
-    rows = next((layer.keys.shape[0] for layer in cache.layers if layer.keys is not None), batch)
+    rows = sequences_in(cache) or batch
     if batch % rows:
         raise ValueError(f"the cache holds {rows} sequences, {batch} are to be generated: give one, or as many")
-    return batch // rows
+    if batch != rows:  # once each would copy a long document for nothing
+        cache.batch_repeat_interleave(batch // rows)
 
 
 def _rows_of_streams(indices: Tensor, batch: int, rows: int) -> Tensor:

@@ -78,7 +78,15 @@ def _locate(model_id: str | os.PathLike[str], filename: str, what: str, hub: dic
 
 def check_finite(model: nn.Module, source: str, adapter_name: str) -> None:
     """Raise a ValueError if a weight of the adapter is NaN or infinite: every logit would be."""
+    name = first_not_finite(model, adapter_name)
+    if name is not None:
+        raise ValueError(f"{source}: weight {name!r} is not finite; the run that made it diverged")
+
+
+def first_not_finite(model: nn.Module, adapter_name: str) -> str | None:
+    """Name of the first weight of the adapter with a NaN or an infinity; None if there is none."""
     for name, parameter in model.named_parameters():
         own = "lora_" in name and adapter_name in name.split(".")[-2:]
         if own and not bool(parameter.isfinite().all()):
-            raise ValueError(f"{source}: weight {name!r} is not finite; the run that made it diverged")
+            return name
+    return None

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from fastqadapter.models.base import tuner_layers
+from fastqadapter.models.loading import first_not_finite
 from fastqadapter.models.one_pass import OnePass
 from fastqadapter.models.step import Step
 from fastqadapter.models.streams import (
@@ -32,7 +33,8 @@ def passes_for(streams: TwoStreams, adapters: tuple[str, ...]) -> Passes:
     """How to run the base stream and those of `adapters`. The first call tries one pass on a few tokens."""
     if adapters and not streams.is_checked:
         streams.one_pass_refusal = _module_refusal(streams) or _trial_refusal(streams, adapters)
-        streams.is_checked = _are_finite(streams, adapters)  # a diverged adapter may be mended
+        diverged = any(first_not_finite(streams.decoder, adapter) for adapter in adapters)
+        streams.is_checked = not diverged  # it may be mended
         if streams.one_pass_refusal is not None:
             logger.warning("generation takes two passes, about twice the time: %s", streams.one_pass_refusal)
     if streams.one_pass_refusal is not None:
@@ -40,13 +42,6 @@ def passes_for(streams: TwoStreams, adapters: tuple[str, ...]) -> Passes:
     if adapters not in streams.one_passes:  # kept: another object would be compiled anew
         streams.one_passes[adapters] = OnePass(streams, adapters)
     return streams.one_passes[adapters]
-
-
-def _are_finite(streams: TwoStreams, adapters: tuple[str, ...]) -> bool:
-    """Whether the weights of the adapters are."""
-    named = streams.decoder.named_parameters()
-    own = (parameter for name, parameter in named if "lora_" in name and not set(adapters).isdisjoint(name.split(".")))
-    return all(bool(parameter.isfinite().all()) for parameter in own)
 
 
 def _module_refusal(streams: TwoStreams) -> str | None:

@@ -76,20 +76,10 @@ class Policy:
         """Put the cache that `generate` starts with into `model_kwargs`."""
         self.is_assisted = mode == GenerationMode.ASSISTED_GENERATION
         self.mixture.check_sequences(batch)
-        rows = batch * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        kind, given = generation_config.cache_implementation, model_kwargs.get(CACHE_NAME)
-        if self.kv_mode == "prompt":
-            if generation_config.use_cache is False:
-                raise ValueError("kv_mode='prompt' needs use_cache=True: the cache marks where the prompt ends")
-            if generation_config.prefill_chunk_size is not None:
-                raise ValueError("kv_mode='prompt' does not support prefill_chunk_size: leave it out")
-        if kind == "static" and self.is_assisted:
-            raise ValueError("cache_implementation='static' does not go with assisted decoding: leave one of them out")
+        given, kind = model_kwargs.get(CACHE_NAME), generation_config.cache_implementation
+        self._check_cache_options(generation_config, given)
         if given is not None:
-            if generation_config.use_cache is False:
-                raise ValueError(f"use_cache=False with a given {CACHE_NAME}: leave one of them out")
-            if kind is not None:
-                raise ValueError(f"cache_implementation={kind!r} is for a new cache, and one was given: leave one out")
+            rows = batch * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             cache: Any = self.passes.accepted_cache(given, rows)
             if isinstance(cache, StreamCache) and 0 < (cache.capacity or 0) < max_cache_len:
                 raise ValueError(
@@ -98,14 +88,27 @@ class Policy:
                 )
             cache._is_user_defined = True
             model_kwargs[CACHE_NAME] = cache
-            return
+        elif generation_config.use_cache is not False:
+            longest = max(max_cache_len, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs[CACHE_NAME] = self.passes.new_cache(longest if kind == "static" else None)
+
+    def _check_cache_options(self, generation_config: Any, given: Any) -> None:
+        """Raise a ValueError for options of `generate` that do not go with each other, or with the mode."""
+        kind = generation_config.cache_implementation
+        if self.kv_mode == "prompt" and generation_config.use_cache is False:
+            raise ValueError("kv_mode='prompt' needs use_cache=True: the cache marks where the prompt ends")
+        if self.kv_mode == "prompt" and generation_config.prefill_chunk_size is not None:
+            raise ValueError("kv_mode='prompt' does not support prefill_chunk_size: leave it out")
+        if kind == "static" and self.is_assisted:
+            raise ValueError("cache_implementation='static' does not go with assisted decoding: leave one of them out")
+        if given is not None and generation_config.use_cache is False:
+            raise ValueError(f"use_cache=False with a given {CACHE_NAME}: leave one of them out")
+        if given is not None and kind is not None:
+            raise ValueError(f"cache_implementation={kind!r} is for a new cache, and one was given: leave one out")
         if kind not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation={kind!r} is not supported for two streams: use 'dynamic' or 'static'"
             )
-        if generation_config.use_cache is not False:
-            longest = max(max_cache_len, getattr(generation_config, "max_cache_len", None) or 0)
-            model_kwargs[CACHE_NAME] = self.passes.new_cache(longest if kind == "static" else None)
 
 
 def _refuse(attention_mask: Mask, labels: Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -50,13 +50,6 @@ class TwoStreams:
         self.decoder_config = self.decoder.config.get_text_config(decoder=True)
         self.layers = base.decoder_layers(self.decoder)
         self.kv_mode = kv_mode
-        self.tuner_layers: list[BaseTunerLayer] = []
-        self.frozen_modules: list[nn.Module] = []
-        self.trunk_depth = 0
-        self.lora_layers: RowLoraLayers
-        self.one_pass_refusal: str | None = None  # why generation takes two passes; see `passes_for`
-        self.is_checked = False
-        self.one_passes: dict[tuple[str, ...], Any] = {}
         self._running: list[StreamRows] = []
         self.refresh()
 
@@ -64,11 +57,13 @@ class TwoStreams:
         """Look again for adapted layers, after an adapter was added or removed."""
         use_lean_lora(self.decoder)
         self.lora_layers = RowLoraLayers(self.decoder)
-        self.is_checked = False
-        self.one_passes = {}
-        self.tuner_layers = [module for _, module in base.tuner_layers(self.decoder)]
+        self.tuner_layers: list[BaseTunerLayer] = [module for _, module in base.tuner_layers(self.decoder)]
         self.frozen_modules = base.frozen_modules(self.model)
         self.trunk_depth = base.first_adapted_layer(self.layers)
+        # What `passes_for` finds out: whether one pass was tried, why not to take it, and the passes themselves.
+        self.is_checked = False
+        self.one_pass_refusal: str | None = None
+        self.one_passes: dict[tuple[str, ...], Any] = {}
 
     def adapters_are_disabled(self) -> bool:
         """Whether the user has turned them off with PEFT's `disable_adapter_layers`."""

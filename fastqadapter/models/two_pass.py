@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from fastqadapter.models.cache import CACHE_NAME, base_layers, check_batch, repeats_for
+from fastqadapter.models.cache import CACHE_NAME, base_layers, check_batch, repeat_for, sequences_in
 from fastqadapter.models.step import Step, check_prompt_end, check_response
 from fastqadapter.models.streams import TwoStreams
 from fastqadapter.models.two_pass_cache import TwoStreamCache
@@ -36,11 +36,11 @@ class TwoPass:
     def accepted_cache(self, cache: Cache, batch: int) -> TwoStreamCache:
         """`cache` if a call of this model made it, else what goes on from K/V of the base."""
         if isinstance(cache, TwoStreamCache):
-            check_batch(next((layer.keys.shape[0] for layer in cache.layers if layer.keys is not None), batch), batch)
+            check_batch(sequences_in(cache) or batch, batch)
             return cache
         adopted = TwoStreamCache(self.streams.decoder_config)
         adopted.layers = base_layers(cache, self.streams.decoder_config, self.streams.kv_mode) or adopted.layers
-        adopted.batch_repeat_interleave(repeats_for(adopted, batch))
+        repeat_for(adopted, batch)
         return adopted
 
     @contextlib.contextmanager

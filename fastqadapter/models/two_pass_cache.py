@@ -103,7 +103,9 @@ class TwoStreamCache(DynamicCache):
             cache.batch_select_indices(indices)
 
     def reset(self) -> None:
-        super().reset()
+        """Empty the cache; with layers of its own, since transformers 5.16 writes zeros into those it has, which may be
+        those of a cache that the user gave."""
+        self.layers = DynamicCache(config=self.config).layers
         self.q_caches.clear()
         self.is_forked = False
 
