@@ -17,24 +17,24 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 
 def run_worker(folder: Path, processes: int, task: str, batch_size: int, accumulate: int) -> Any:
     folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER), task, str(folder)]
+    command = [sys.executable, str(WORKER), task, str(folder), str(batch_size), str(accumulate)]
     paths = [str(WORKER.parent), str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, str(batch_size), str(accumulate)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that a time-out ends the workers too, and not their launcher alone
-    )
+    environment |= {"PYTHONFAULTHANDLER": "1", "MASTER_ADDR": "127.0.0.1"}  # accelerate wants an address, gloo a file
+    workers, logs = [], [folder / f"log{rank}" for rank in range(processes)]
+    for rank, log in enumerate(logs):
+        ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
+        with log.open("w") as file:
+            workers.append(subprocess.Popen(command, env={**environment, **ranked}, stdout=file, stderr=file))
     try:
-        _, errors = process.communicate(timeout=300)
+        for worker in workers:
+            worker.wait(timeout=300)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, errors[-2000:]
+        for worker in workers:
+            worker.send_signal(signal.SIGABRT)  # each writes where it hangs
+            worker.wait()
+    said = "\n".join(log.read_text()[-3000:] for log in logs)
+    assert [worker.returncode for worker in workers] == [0] * processes, said
     return json.loads((folder / "found.json").read_text())
 
 
