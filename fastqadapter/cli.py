@@ -1,4 +1,7 @@
-"""The command `fastqadapter`: demo | train | generate | env. A user's mistake is one line on stderr and exit code 2."""
+"""The command `fastqadapter`: demo | train | generate | bench | env.
+
+A user's mistake is one line on stderr and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ COMMANDS = {
     "demo": "train a Q-Adapter on a small real model and show before and after",
     "train": "train a Q-Adapter on preference pairs",
     "generate": "generate with the customised policy: a prompt, a file of prompts, or a chat",
+    "bench": "measure training, loss and generation against other ways to do the same",
     "env": "print the installation: versions, devices, backends",
 }
 

@@ -1,4 +1,4 @@
-"""Customised generation as PEFT alone offers it, written anew: the yardsticks of `benchmarks/test_decode.py`.
+"""Customised generation as PEFT alone offers it, written anew: the yardsticks of `test_decode.py`.
 
 * Two passes, as the published code: the base model's forward, then the adapter's, each with its own KV cache and LM
   head, `log pi` and the combination over the whole vocabulary in fp32. It runs inside transformers' own generate, as a
@@ -11,6 +11,7 @@ h_b)`, the streams' own K/V (`separate` mode).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,10 +30,10 @@ def combine(base_logits: Tensor, adapted_logits: Tensor, alpha_0: float, alpha_t
     return (q + alpha_0 * log_pi) / alpha_tilde
 
 
-class SecondPass(LogitsProcessor):
-    """Runs the adapter's pass on what is new and returns the combination."""
+class TwoPasses(LogitsProcessor):
+    """Runs the adapter's pass on what is new and returns the combination; `generate` is the base's, with this in it."""
 
-    def __init__(self, model: PeftModel, alpha_0: float, alpha_tilde: float):
+    def __init__(self, model: PeftModel, alpha_0: float = 1.0, alpha_tilde: float = 1.0):
         self.model = model
         self.alphas = alpha_0, alpha_tilde
         self.kv_cache = DynamicCache(config=model.get_base_model().config)
@@ -44,18 +45,14 @@ class SecondPass(LogitsProcessor):
         self.model.base_model.disable_adapter_layers()
         return combine(scores, output.logits[:, -1], *self.alphas)
 
-
-def generate_in_two_passes(
-    model: PeftModel, *args: Any, alpha_0: float = 1.0, alpha_tilde: float = 1.0, **kwargs: Any
-) -> Any:
-    """transformers' generate of the base, with the second pass before all other logits processors."""
-    second = SecondPass(model, alpha_0, alpha_tilde)
-    processors = LogitsProcessorList([second, *kwargs.pop("logits_processor", [])])
-    model.base_model.disable_adapter_layers()
-    try:
-        return model.get_base_model().generate(*args, logits_processor=processors, **kwargs)
-    finally:
-        model.base_model.enable_adapter_layers()
+    def generate(self, *args: Any, logits_processor: Sequence[LogitsProcessor] = (), **kwargs: Any) -> Any:
+        """Once: the adapter's KV cache is this object's. The second pass comes before all other processors."""
+        self.model.base_model.disable_adapter_layers()
+        try:
+            processors = LogitsProcessorList([self, *logits_processor])
+            return self.model.get_base_model().generate(*args, logits_processor=processors, **kwargs)
+        finally:
+            self.model.base_model.enable_adapter_layers()
 
 
 class MixedBatch:
