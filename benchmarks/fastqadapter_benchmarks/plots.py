@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from fastqadapter_benchmarks.report import AXES
 from fastqadapter_benchmarks.results import Result, fitted_exponent, growth
 
-OURS, OTHER, FLOOR = "tab:green", "tab:blue", "tab:grey"
+OURS, OURS_TOO, OTHER, FLOOR = "tab:green", "#94cf94", "tab:blue", "tab:grey"
 MARKERS = "osD^vP*X"
 
 
@@ -46,7 +46,9 @@ def _of(results: Sequence[Result], suite: str) -> list[Result]:
 def _colour(result: Result, label: str) -> str:
     if label in (result.floor, result.baseline):
         return FLOOR
-    return OURS if label == result.ours else OTHER
+    if label == result.ours:
+        return OURS
+    return OURS_TOO if label.startswith("fastqadapter") else OTHER
 
 
 def training_step(results: Sequence[Result]) -> Figure | None:
@@ -72,6 +74,7 @@ def _bars(axes: Axes, labels: list[str], values: list[float], colours: list[str]
     axes.bar_label(bars, fmt=text, padding=2, fontsize=8)
     axes.margins(x=0.15)
     axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
 
 
 def loss_by_shape(results: Sequence[Result]) -> Figure | None:

@@ -12,7 +12,7 @@ from fastqadapter_benchmarks.results import Result, fitted_exponent, growth
 
 SUITES = {
     "step": "Training step, forward and backward",
-    "loss": "Loss of pairs from hidden states, forward and backward",
+    "loss": "Loss of pairs from hidden states, with its gradient",
     "decode": "Generation",
     "adapters": "Generation: several adapters in one call",
     "compiled": "Generation: compiled, static cache",
@@ -59,7 +59,7 @@ def case_table(result: Result) -> str:
     decodes = result.metric == "per_token"
     columns += ["tokens/s", "first token", "K/V MiB"] if decodes else []
     columns += ["extra MiB"] if result.extra_mib else []
-    columns += ["gradient off by"] if result.errors else []
+    columns += ["off by"] if result.errors else []
     columns += ["note"] if result.notes else []
 
     def row(label: str) -> list[str]:
@@ -72,7 +72,7 @@ def case_table(result: Result) -> str:
             "times ours": f"{result.ratio(label, result.ours):.2f}",
             "note": result.notes.get(label, ""),
             "extra MiB": f"{result.extra_mib[label]:.0f}" if label in result.extra_mib else "",
-            "gradient off by": f"{result.errors[label]:.1e}" if label in result.errors else "",
+            "off by": f"{result.errors[label]:.1e}" if label in result.errors else "",
         }
         if reference in result.seconds[result.metric]:
             against = f"{result.ratio(label, reference):.2f}"

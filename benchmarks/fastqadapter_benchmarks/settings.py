@@ -61,7 +61,7 @@ class Settings:
         if self.on_gpu:
             names = HEADS if self.full else ("SmolLM2-135M", "Llama-3-8B", "Qwen2.5-7B", "Gemma-2-2B", "Gemma-3-4B")
             return dict.fromkeys(names, 4096)
-        return {"SmolLM2-135M": 1024, "Qwen2.5-0.5B": 512, "Llama-3.2-1B": 512} if self.full else {"SmolLM2-135M": 384}
+        return {"SmolLM2-135M": 1024, "Qwen2.5-0.5B": 512, "Llama-3.2-1B": 512} if self.full else {"SmolLM2-135M": 256}
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ class Settings:
 
     @property
     def new_tokens(self) -> int:
-        return 24 if self.full else 8
+        return 24 if self.full else 6
 
     @property
     def max_length(self) -> int:

@@ -90,7 +90,7 @@ def test_step(benchmark: Any, settings: Settings, axis: str, size: int) -> None:
     same = [rows_of_length(size, pairs=2)] * settings.rounds
     batches = micro_batches(settings, size) if axis == "pairs" else same
     race = make_race(benchmark, settings, axis, size, "training step", **{axis: size})
-    race.enter(step.competitors(settings, "demo", ("shared", "published"), batches))
+    race.enter(step.competitors(settings, "demo", ("fastqadapter, shared", "published"), batches))
     race.run(memory=True)
 
 

@@ -1,4 +1,5 @@
-"""The loss of preference pairs from hidden states, forward and backward: soft values, rewards, loss, gradient.
+"""The loss of preference pairs from hidden states: soft values, rewards, loss and its gradient; with `--full` also the
+values alone, as an evaluation needs them.
 
 On the CPU the states are SmolLM2's own on real pairs, in bf16; larger heads (`--full`) get random ones, as do those of
 Llama-3, Qwen2.5 and Gemma on a GPU. Nothing is timed before our gradient agrees with eager in float64; a peer whose
@@ -7,6 +8,7 @@ gradient is off by 1% in float32 computes something else and is not timed. The e
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -63,8 +65,8 @@ def competitors(settings: Settings, pairs: int) -> dict[str, tuple[Build, str]]:
     return table
 
 
-def from_file(build: Build, path: Path, device: str) -> Callable[[], Any]:
-    return build(Problem.load(path, device))
+def from_file(build: Build, path: Path, device: str, gradient: bool = True) -> Callable[[], Any]:
+    return build(Problem.load(path, device, gradient))
 
 
 def make_problem(settings: Settings, head: str, states: int, dtype: torch.dtype) -> Problem:
@@ -79,10 +81,11 @@ def check(problem: Problem, table: dict[str, tuple[Build, str]], race: Race) -> 
     """Ours agrees with eager in float64; who computes something else is not timed.
 
     The loss is a mean over pairs, so the first rows of the whole gradient are the gradient of the first pairs alone,
-    times their share of all pairs.
+    times their share of all pairs. Without gradient, the values are compared.
     """
     few = problem.first(CHECKED_PAIRS)
-    share = len(few.batch) / len(problem.batch)
+    share = len(few.batch) / len(problem.batch) if problem.gradient else 1.0
+    what = "gradient" if problem.gradient else "values"
     device = race.settings.device
     _, truth = lm_head.backend(few.to(torch.float64, device), "eager")()
     _, eager = lm_head.backend(few, "eager")()
@@ -94,12 +97,12 @@ def check(problem: Problem, table: dict[str, tuple[Build, str]], race: Race) -> 
         found = whole[: len(truth)] / share
         race.facts["errors"][label] = off_by(found, truth)
         if label == race.ours:
-            assert_close_to_truth(found, eager, truth, name="gradient", dtype=problem.weight.dtype)
+            assert_close_to_truth(found, eager, truth, name=what, dtype=problem.weight.dtype)
         elif note != APPROXIMATE:
             _, found = build(few.to(torch.float32, device))()
             error = off_by(found, truth)
             if not error < ALLOWED:
-                race.withdraw(label, f"computes something else: its gradient is off by {error:.1%} in float32")
+                race.withdraw(label, f"computes something else: {what} off by {error:.1%} in float32")
 
 
 def off_by(found: Tensor, truth: Tensor) -> float:
@@ -110,17 +113,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     settings: Settings = metafunc.config.stash[SETTINGS]
     metafunc.parametrize("head", settings.heads)
     metafunc.parametrize("dtype", settings.dtypes, ids=name_of)
+    gradients = {"gradient": True} | ({"values": False} if settings.full else {})
+    metafunc.parametrize("gradient", gradients.values(), ids=gradients)
 
 
-def test_loss_and_gradient(benchmark: Any, settings: Settings, head: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    problem = make_problem(settings, head, settings.heads[head], dtype)
+def test_loss(
+    benchmark: Any, settings: Settings, head: str, dtype: torch.dtype, gradient: bool, tmp_path: Path
+) -> None:
+    problem = dataclasses.replace(make_problem(settings, head, settings.heads[head], dtype), gradient=gradient)
     problem.save(tmp_path / "problem.safetensors")
     states, (vocab, size) = len(problem.hidden_q), problem.weight.shape
     table = competitors(settings, len(problem.batch))
     title = f"{head} head, {name_of(dtype)}, {states} states of {len(problem.batch)} pairs"
+    title += "" if gradient else ", values alone"
     race = Race(benchmark, settings, "loss", title, N=states, D=size, V=vocab)
     race.enter(
-        Competitor(label, functools.partial(from_file, build, tmp_path / "problem.safetensors", settings.device), note)
+        Competitor(
+            label,
+            functools.partial(from_file, build, tmp_path / "problem.safetensors", settings.device, gradient),
+            note,
+        )
         for label, (build, note) in table.items()
     )
     check(problem, table, race)

@@ -1,6 +1,6 @@
-"""Single operators: soft values without gradient, and what a customised token costs once there are logits.
+"""Operators on logits: what a customised token costs once there are logits of both streams.
 
-The floor is the traffic or the products that nobody can do without. Nothing is timed before ours agrees with eager in
+The floor is the traffic that nobody can do without. Nothing is timed before ours agrees with eager in
 float64.
 """
 
@@ -27,9 +27,8 @@ Op = Callable[..., Tensor]
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     settings = metafunc.config.stash[SETTINGS]
-    metafunc.parametrize("head", [name for name in settings.heads if HEADS[name].softcap is None])
-    if "name" in metafunc.fixturenames:
-        metafunc.parametrize("name", LOGIT_OPS)
+    metafunc.parametrize("head", settings.heads)
+    metafunc.parametrize("name", LOGIT_OPS)
 
 
 def normal(settings: Settings, *shape: int, scale: float = 1.0) -> Tensor:
@@ -53,43 +52,21 @@ def calls(settings: Settings, op: Op, tensors: tuple[Tensor, ...]) -> list[Compe
     return [*competitors, Competitor("eager", run("eager")), Competitor("torch.compile of eager", compiled)]
 
 
-def check(settings: Settings, op: Op, tensors: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> None:
-    """Ours against eager in float64 on a few rows; `tensors` is what is the same for all rows."""
-    few = [each[:CHECKED_ROWS] for each in rows]
+def check(settings: Settings, op: Op, tensors: tuple[Tensor, ...]) -> None:
+    """Ours against eager in float64 on a few rows."""
 
     def run(backend: str, dtype: torch.dtype) -> Tensor:
-        return op(*(each.to(dtype) for each in (*few, *tensors)), **ALPHAS, backend=backend)
+        return op(*(each[:CHECKED_ROWS].to(dtype) for each in tensors), **ALPHAS, backend=backend)
 
     ours = settings.our_backend
     three = run(ours, torch.bfloat16), run("eager", torch.bfloat16), run("eager", torch.float64)
     assert_close_to_truth(*three, name="op", dtype=torch.bfloat16)
 
 
-def test_soft_value(benchmark: Any, settings: Settings, head: str) -> None:
-    size, vocab, rows = HEADS[head].size, HEADS[head].vocab, settings.heads[head]
-    weight, hidden_b = normal(settings, vocab, size, scale=2 / size**0.5), normal(settings, rows, size)
-    hidden_q = 0.1 * hidden_b.flip(0)
-    check(settings, ops.soft_value, (weight,), (hidden_q, hidden_b))
-    scores = weight.new_empty(min(rows, 1024), vocab)
-
-    def products() -> None:
-        for hidden in (hidden_b, hidden_q):
-            for chunk in hidden.split(1024):
-                torch.mm(chunk, weight.T, out=scores[: len(chunk)])
-
-    race = Race(
-        benchmark, settings, "ops", f"soft_value, no gradient, {head} head, {rows} states", N=rows, V=vocab, D=size
-    )
-    race.enter(
-        [*calls(settings, ops.soft_value, (hidden_q, hidden_b, weight)), floor("the 2 GEMMs it needs", products)]
-    )
-    race.run()
-
-
 def test_logit_op(benchmark: Any, settings: Settings, head: str, name: str) -> None:
     vocab = HEADS[head].vocab
     q, b = normal(settings, LOGIT_ROWS, vocab), normal(settings, LOGIT_ROWS, vocab).flip(0)
-    check(settings, LOGIT_OPS[name], (), (q, b))
+    check(settings, LOGIT_OPS[name], (q, b))
     copies = q.clone(), b.clone()
 
     def copy() -> None:
@@ -97,9 +74,5 @@ def test_logit_op(benchmark: Any, settings: Settings, head: str, name: str) -> N
             to.copy_(each)
 
     race = Race(benchmark, settings, "ops", f"{name}, {LOGIT_ROWS} rows of {vocab} logits", N=LOGIT_ROWS, V=vocab)
-    race.enter([*calls(settings, LOGIT_OPS[name], (q, b)), floor("a copy of both logits", copy)])
+    race.enter([*calls(settings, LOGIT_OPS[name], (q, b)), Competitor("a copy of both logits", lambda: copy, "floor")])
     race.run()
-
-
-def floor(label: str, run: Callable[[], None]) -> Competitor:
-    return Competitor(label, lambda: run, "floor")

@@ -60,10 +60,10 @@ def test_training_step(benchmark: Any, settings: Settings, model: str) -> None:
     size = settings.pairs_in_step
     batches = micro_batches(settings, size, model)
     if model not in CONFIGS:
-        assert not [*steps.disagreements(settings, model, batches[0][:2], torch.bfloat16)]
+        assert not [*steps.disagreements(settings, model, batches[0][: 2 if settings.full else 1], torch.bfloat16)]
     padded = sum(steps.pad_rows(rows, 0).input_ids.numel() for rows in batches) // len(batches)
     title = f"{title_of(model)}, bf16, micro-batches of {size} pairs, {padded} padded tokens"
     race = Race(benchmark, settings, "step", title, pairs=size, tokens=padded)
-    labels = (*steps.METHODS, *(steps.FAIRER if settings.full else ()), steps.DPO)
+    labels = (*steps.METHODS, *(steps.MORE_METHODS if settings.full else ()), steps.DPO)
     race.enter(competitors(settings, model, labels, batches))
     race.run(memory=True)

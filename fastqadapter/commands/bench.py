@@ -122,14 +122,15 @@ def _write_results(path: Path, found: list[Result], command: str) -> None:
 
 
 def _check_inputs(arguments: argparse.Namespace) -> None:
-    """Mistakes before the first minute is spent."""
-    if arguments.device == "cuda":
-        import torch
+    """Mistakes before the first minute is spent; settles the device."""
+    import torch
 
-        if not torch.cuda.is_available():
-            raise ArgumentError(
-                "--device cuda: torch finds no GPU here; leave the option out, or see `fastqadapter env`"
-            )
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device == "cuda" and found == "cpu":
+        raise ArgumentError("--device cuda: torch finds no GPU here; leave it out, or see `fastqadapter env`")
+    arguments.device = arguments.device or found
+    if found == "cpu":
+        print("no GPU here: the shapes of Llama-3-8B, Qwen2.5-7B and Gemma are skipped")
     if arguments.data != "demo" and not Path(arguments.data).is_file():
         raise ArgumentError(f"--data {arguments.data}: no such file")
 
@@ -175,7 +176,7 @@ def _options(arguments: argparse.Namespace) -> list[str]:
     )
     options = ["--model", model, "--data", data, "--threads", str(arguments.threads)]
     options += ["--rounds", str(arguments.rounds)]
-    options += ["--device", arguments.device] if arguments.device else []
+    options += ["--device", arguments.device]
     options += ["--full"] if arguments.full else []
     options += ["--peers", *arguments.peers] if arguments.peers else []
     return options

@@ -1,9 +1,9 @@
 """The loss of packed pairs from hidden states, forward and backward, on the kernels of others.
 
-Each function takes a `Problem` and gives a call that returns the loss and its gradient (S, D) by `h_q`. The peers know
-log-probabilities, so each is composed twice: with z a gathered dot product in fp32, `lse = z - log p[a]` gives the base
-lse from `h_b` and the combined one from `h_q + (alpha_0 - 1) h_b`. What follows, rewards and loss, is the same code for
-all of them, and a thousandth of the work.
+Each function takes a `Problem` and gives a call that returns the loss and its gradient (S, D) by `h_q`, or, for a
+problem without gradient, the loss and the soft values (S,). The peers know log-probabilities, so each is composed twice:
+with z a gathered dot product in fp32, `lse = z - log p[a]` gives the base lse from `h_b` and the combined one from `h_q +
+(alpha_0 - 1) h_b`. What follows, rewards and loss, is the same code for all, and a thousandth of the work.
 
 Sources: TRL's ChunkedLogProbFunction (https://github.com/huggingface/trl), torch.nn.functional.linear_cross_entropy
 (https://docs.pytorch.org), Liger's losses (https://github.com/linkedin/Liger-Kernel), Apple's cut-cross-entropy
@@ -42,6 +42,7 @@ class Problem:
     weight: Tensor  # (V, D)
     batch: fqa.PackedPairs
     softcap: float | None = None
+    gradient: bool = True
 
     @staticmethod
     def random(batch: fqa.PackedPairs, size: int, vocab: int, softcap: float | None = None) -> Problem:
@@ -56,7 +57,7 @@ class Problem:
     def to(self, dtype: torch.dtype, device: str = "cpu") -> Problem:
         hidden_q = self.hidden_q.detach().to(device, dtype).requires_grad_()
         weight, hidden_b = self.weight.to(device, dtype), self.hidden_b.to(device, dtype)
-        return Problem(hidden_q, hidden_b, weight, self.batch.to(device), self.softcap)
+        return Problem(hidden_q, hidden_b, weight, self.batch.to(device), self.softcap, self.gradient)
 
     def first(self, pairs: int) -> Problem:
         """The first pairs alone."""
@@ -78,7 +79,7 @@ class Problem:
         save_file(whole, path, metadata={} if self.softcap is None else {"softcap": str(self.softcap)})
 
     @staticmethod
-    def load(path: Path, device: str = "cpu") -> Problem:
+    def load(path: Path, device: str = "cpu", gradient: bool = True) -> Problem:
         with safe_open(path, "pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
             softcap = (file.metadata() or {}).get("softcap")
@@ -86,7 +87,8 @@ class Problem:
         states = {name: tensors.pop(name).to(device) for name in ("hidden_q", "hidden_b", "weight")}
         batch = fqa.PackedPairs(**tensors, lengths=lengths).to(device)
         states["hidden_q"].requires_grad_()
-        return Problem(**states, batch=batch, softcap=None if softcap is None else float(softcap))
+        cap = None if softcap is None else float(softcap)
+        return Problem(**states, batch=batch, softcap=cap, gradient=gradient)
 
     @functools.cached_property
     def transitions(self) -> Transitions:
@@ -102,9 +104,19 @@ class Problem:
         """(S,) some action of each state, for kernels that take one target a row."""
         return self.actions.new_zeros(len(self.hidden_q)).scatter(0, self.transitions.states, self.actions)
 
-    def loss_and_gradient(self, value: Tensor, taken: Tensor) -> Result:
-        """From `v` (S,) and `q[a]` (M,)."""
-        loss, _ = ops.preference_loss(taken, value, self.transitions.pairs, CONFIG, backend="torch")
+    def call(self, values: Callable[[], tuple[Tensor, Tensor]]) -> Call:
+        """The timed call, from one that computes `v` (S,) and `q[a]` (M,)."""
+
+        def run() -> Result:
+            value, taken = values()
+            loss, _ = ops.preference_loss(taken, value, self.transitions.pairs, CONFIG, backend="torch")
+            return self.result(loss, value)
+
+        return run if self.gradient else torch.no_grad()(run)
+
+    def result(self, loss: Tensor, value: Tensor) -> Result:
+        if not self.gradient:
+            return loss, value
         return loss.detach(), torch.autograd.grad(loss, self.hidden_q)[0]
 
 
@@ -112,11 +124,21 @@ def backend(problem: Problem, name: str) -> Call:
     """This library's own backends."""
     head = LMHead(problem.weight, softcap=problem.softcap)
 
-    def run() -> Result:
+    def whole_loss() -> Result:
         loss, _ = q_adapter_loss(problem.hidden_q, problem.hidden_b, head, problem.batch, CONFIG, backend=name)
-        return loss.detach(), torch.autograd.grad(loss, problem.hidden_q)[0]
+        return problem.result(loss, loss)
 
-    return run
+    def values() -> tuple[Tensor, Tensor]:
+        soft_cap = problem.softcap is not None
+        params = ops.HeadParams(CONFIG.alpha_0, CONFIG.alpha_tilde, softcap=problem.softcap, difference=soft_cap)
+        accumulated = _accumulated(problem.weight)
+        hidden = problem.hidden_q if soft_cap else problem.hidden_q.to(accumulated) - problem.hidden_b.to(accumulated)
+        value, _, taken = ops.state_action_values(
+            hidden, problem.hidden_b, problem.weight, params, problem.transitions.states, problem.actions, backend=name
+        )
+        return value, taken
+
+    return whole_loss if problem.gradient else problem.call(values)
 
 
 def _plain_values(
@@ -140,11 +162,10 @@ def published(problem: Problem, compiled: bool = False) -> Call:
     values = torch.compile(_plain_values, dynamic=False) if compiled else _plain_values
     states = problem.transitions.states
 
-    def run() -> Result:
-        arguments = problem.hidden_q, problem.hidden_b, problem.weight, states, problem.actions, problem.softcap
-        return problem.loss_and_gradient(*values(*arguments))
+    def run() -> tuple[Tensor, Tensor]:
+        return values(problem.hidden_q, problem.hidden_b, problem.weight, states, problem.actions, problem.softcap)
 
-    return run
+    return problem.call(run)
 
 
 def _composed(problem: Problem, log_probs: Callable[[Tensor, float], Tensor]) -> Call:
@@ -154,7 +175,7 @@ def _composed(problem: Problem, log_probs: Callable[[Tensor, float], Tensor]) ->
     alpha_0, alpha_tilde = CONFIG.alpha_0, CONFIG.alpha_tilde
     accumulated = _accumulated(problem.weight)
 
-    def run() -> Result:
+    def values() -> tuple[Tensor, Tensor]:
         some_rows = problem.weight[problem.one_action].to(accumulated)
 
         def lse(hidden: Tensor, temperature: float) -> Tensor:
@@ -167,9 +188,9 @@ def _composed(problem: Problem, log_probs: Callable[[Tensor, float], Tensor]) ->
         value = alpha_tilde * lse(combined, alpha_tilde) - alpha_0 * base_lse
         difference = problem.hidden_q.to(accumulated) - problem.hidden_b.to(accumulated)
         rows = problem.weight[problem.actions].to(accumulated)
-        return problem.loss_and_gradient(value, (difference[problem.transitions.states] * rows).sum(dim=-1))
+        return value, (difference[problem.transitions.states] * rows).sum(dim=-1)
 
-    return run
+    return problem.call(values)
 
 
 def trl_twice(problem: Problem, vocab_chunk: int = 32768) -> Call:
@@ -233,6 +254,8 @@ def liger_dpo(problem: Problem, pairs_at_once: int = 1) -> Call:
 
     if problem.softcap is not None:
         raise Unavailable("its loss knows no soft-cap")
+    if not problem.gradient:
+        raise Unavailable("it gives no values")
     loss = LigerFusedLinearDPOLoss(chunk_size=pairs_at_once)
     branches = 2 * len(problem.batch)
     length = len(problem.hidden_q) // branches
@@ -247,7 +270,7 @@ def liger_dpo(problem: Problem, pairs_at_once: int = 1) -> Call:
     return run
 
 
-def bare_products(problem: Problem, count: int = 3) -> Callable[[], None]:
+def bare_products(problem: Problem) -> Callable[[], None]:
     """The GEMMs of size S D V that the mathematics needs, 3 with the gradient and 2 without, and nothing else.
 
     In chunks of rows: all scores at once would not fit.
@@ -261,7 +284,7 @@ def bare_products(problem: Problem, count: int = 3) -> Callable[[], None]:
             scores = logits[: len(hidden[rows])]
             torch.mm(problem.hidden_b[rows], weight.T, out=scores)
             torch.mm(hidden[rows], weight.T, out=scores)
-            if count == 3:
+            if problem.gradient:
                 torch.mm(scores, weight, out=out[rows])
 
     return run
