@@ -1,10 +1,10 @@
-"""The peers of `benchmarks/test_decode.py` compute what `separate` mode does, by other means."""
+"""The peers of the decoding benchmark compute what `separate` mode does, by other means."""
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.peers.decode import MixedBatch, generate_in_two_passes
+from fastqadapter_benchmarks.peers.decode import MixedBatch, TwoPasses
 from generation_cases import NUMBERS, PROMPT, generated, ids_of, trained_twins
 from tiny import PAD
 
@@ -12,9 +12,8 @@ from tiny import PAD
 def test_two_passes_within_generate() -> None:
     twins = trained_twins("llama", "separate")
     expected = generated(twins.model, PROMPT, max_new_tokens=12)
-    found = generate_in_two_passes(
-        twins.adapted, **ids_of(PROMPT), max_new_tokens=12, do_sample=False, pad_token_id=PAD, **NUMBERS
-    )
+    passes = TwoPasses(twins.adapted, **NUMBERS)
+    found = passes.generate(**ids_of(PROMPT), max_new_tokens=12, do_sample=False, pad_token_id=PAD)
     assert found[:, len(PROMPT) :].tolist() == expected
 
 

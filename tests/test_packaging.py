@@ -76,7 +76,7 @@ def test_unknown_name_is_an_attribute_error():
         _ = fastqadapter.QAdaptor
 
 
-@pytest.mark.parametrize("package", ["fastqadapter", "fastqadapter_kernels"])
+@pytest.mark.parametrize("package", ["fastqadapter", "fastqadapter_kernels", "fastqadapter_benchmarks"])
 def test_package_is_typed(package: str):
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None

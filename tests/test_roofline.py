@@ -1,4 +1,4 @@
-"""benchmarks/roofline.py: the paper model of the GPU kernels, and what it says of them."""
+"""The benchmarks' roofline: the paper model of the GPU kernels, and what it says of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from benchmarks import roofline  # noqa: E402
+from fastqadapter_benchmarks import roofline  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 LARGE = [name for name, (size, _) in roofline.MODELS.items() if size >= 2048]
@@ -38,8 +38,8 @@ def test_three_products_of_llama_by_hand():
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "roofline.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "fastqadapter_benchmarks.roofline", *arguments]
+    return subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False)
 
 
 def test_table_says_that_it_is_a_prediction():

@@ -1,4 +1,4 @@
-"""The published computation (`benchmarks/peers/two_pass.py`) against numbers derived by hand.
+"""The published computation (`fastqadapter_benchmarks/peers/two_pass.py`) against numbers derived by hand.
 
 The toy. Vocabulary {0, 1, 2}, pad token 0; prompt [1], chosen [1, 2], rejected [2]: rows [1 1 2] and [1 2 pad], T = 3.
 Base logits are log 2 everywhere, so log pi = -log 3. The adapted logits, and with alpha_0 = alpha_tilde = 1 and the
@@ -24,8 +24,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, log, tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.peers import two_pass
-from benchmarks.peers.two_pass import PUBLISHED, VARIANTS, PaddedPairs, Variant
+from fastqadapter_benchmarks.peers import two_pass
+from fastqadapter_benchmarks.peers.two_pass import PUBLISHED, VARIANTS, PaddedPairs, Variant
 
 LOG2, LOG3, LOG7 = log(tensor([2.0, 3.0, 7.0], dtype=torch.float64)).tolist()
 TOY_PAIR = ([1], [1, 2], [2])

@@ -65,15 +65,9 @@ def _is_ours(result: Result, label: str) -> bool:
 
 
 def _anchor(old: Result, new: Result, metric: str) -> str | None:
-    candidates = [new.baseline, new.floor, "published", *new.seconds[metric]]
-    return next(
-        (
-            label
-            for label in candidates
-            if label in new.seconds[metric] and label in old.seconds[metric] and not _is_ours(new, label)
-        ),
-        None,
-    )
+    in_both = [label for label in new.seconds[metric] if label in old.seconds[metric] and not _is_ours(new, label)]
+    first_choice = (label for label in (new.baseline, new.floor, "published") if label in in_both)
+    return next(first_choice, in_both[0] if in_both else None)
 
 
 def report(changes: Sequence[Change], limit: float) -> str:

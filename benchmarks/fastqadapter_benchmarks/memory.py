@@ -44,22 +44,23 @@ Build = Callable[[], Callable[[], Any]]
 def peaks_of(builds: Mapping[str, Build], device: str, threads: int) -> dict[str, float | None]:
     """Peak MiB of the call that each `build` makes, beyond what was there before it, on its second run.
 
-    On a CPU, a `build` must be a partial of a function of a module; it runs in a process of its own, after the others:
-    two at once took 30 times as long. None where the system does not tell, or has killed the process.
+    On a CPU, a `build` must be a partial of a function of a module: it runs in a process of its own, after the others
+    (two at once took 30 times as long).
     """
     if device != "cpu":
         return {label: _cuda_peak(build()) for label, build in builds.items()}
+    return {label: extra_of_a_child(build, threads) for label, build in builds.items()}
+
+
+def extra_of_a_child(build: Build, threads: int) -> float | None:
+    """None where the system does not tell, or has killed the process."""
     if not STATUS.exists():
-        return dict.fromkeys(builds)
+        return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-
-    def measure(build: Build) -> float | None:
-        with ProcessPoolExecutor(1, mp_context=context) as pool, contextlib.suppress(BrokenProcessPool):
-            return pool.submit(_resident_peak, build, threads).result()
-        return None
-
-    return {label: measure(build) for label, build in builds.items()}
+    with ProcessPoolExecutor(1, mp_context=context) as pool, contextlib.suppress(BrokenProcessPool):
+        return pool.submit(_resident_peak, build, threads).result()
+    return None
 
 
 def _resident_peak(build: Build, threads: int) -> float:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastqadapter_benchmarks import roofline
 from fastqadapter_benchmarks.results import Result, fitted_exponent, growth
 
 SUITES = {
@@ -41,7 +40,8 @@ def seconds(value: float) -> str:
     """With three digits, in a unit that suits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if value >= scale:
-            return f"{value / scale:.3g} {unit}" if value < 1000 * scale else f"{value / scale:.0f} {unit}"
+            number = value / scale
+            return f"{number:.3g} {unit}" if number < 99.95 else f"{number:.0f} {unit}"
     return f"{value * 1e6:.3g} us"
 
 
@@ -53,8 +53,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def case_table(result: Result) -> str:
     """All that was measured of one case, fastest first; ours in bold."""
     columns = ["method", "median", "quartiles", "times ours"]
-    reference = result.baseline or result.floor
-    if reference in result.seconds[result.metric]:
+    if result.reference:
         columns.append("times base" if result.baseline else "times floor")
     decodes = result.metric == "per_token"
     columns += ["tokens/s", "first token", "K/V MiB"] if decodes else []
@@ -74,8 +73,8 @@ def case_table(result: Result) -> str:
             "extra MiB": f"{result.extra_mib[label]:.0f}" if label in result.extra_mib else "",
             "off by": f"{result.errors[label]:.1e}" if label in result.errors else "",
         }
-        if reference in result.seconds[result.metric]:
-            against = f"{result.ratio(label, reference):.2f}"
+        if result.reference:
+            against = f"{result.ratio(label, result.reference):.2f}"
             cells |= {"times base": against, "times floor": against}
         if decodes:
             cells |= {
@@ -163,7 +162,13 @@ def measured_section(results: Sequence[Result], command: str, plots: Sequence[st
 
 
 def predicted_section() -> str:
-    """What the paper model says of GPUs: not measured."""
+    """What the paper model says of GPUs: not measured. It asks the Triton kernels for their tiles.
+
+    Raises:
+        ModuleNotFoundError: Triton is not installed.
+    """
+    from fastqadapter_benchmarks import roofline
+
     rows = []
     for gpu in PREDICTED:
         for model, (size, vocab) in roofline.MODELS.items():
@@ -185,7 +190,7 @@ def predicted_section() -> str:
 def update_results_file(path: Path, sections: Mapping[str, str]) -> None:
     """Write sections by name into the file; those of other names that it has stay as they are."""
     kept = dict(_sections(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    marked = [f"<!-- begin {name} -->\n{text}\n<!-- end {name} -->" for name, text in (kept | sections).items()]
+    marked = [f"<!-- begin {name} -->\n{text}\n<!-- end {name} -->" for name, text in {**kept, **sections}.items()]
     path.write_text("\n\n".join([HEADER.rstrip(), *marked]) + "\n", encoding="utf-8")
 
 

@@ -48,6 +48,12 @@ class Result:
         """What nobody can be faster than, where it was run."""
         return next((label for label, note in self.notes.items() if note == "floor"), None)
 
+    @property
+    def reference(self) -> str | None:
+        """The base model alone, or the floor, if it was run."""
+        label = self.baseline or self.floor
+        return label if label in self.seconds[self.metric] else None
+
     def median(self, label: str, metric: str | None = None) -> float:
         return statistics.median(self.seconds[metric or self.metric][label])
 

@@ -1,7 +1,7 @@
 """Traffic and floor of every op on paper: a prediction, nothing here is measured.
 
-    python benchmarks/roofline.py
-    python benchmarks/roofline.py --gpu "H200=989,700,4.8,4.3,50,132" --rows 4096
+    python -m fastqadapter_benchmarks.roofline
+    python -m fastqadapter_benchmarks.roofline --gpu "H200=989,700,4.8,4.3,50,132" --rows 4096
 
 For each op: floating-point operations and bytes that its algorithm cannot do without, the time in which a GPU could do
 those at its *measured* rates (the floor), and the time of our implementation by the same rates, with every pass over
@@ -156,7 +156,8 @@ def ratio(op: str, gpu: Gpu, n: int, d: int, v: int) -> float:
 def parse_gpu(text: str) -> tuple[str, Gpu]:
     try:
         name, numbers = text.split("=")
-        return name, Gpu(*map(float, numbers.split(",")))  # in the tiles of sm_90
+        peak, gemm, peak_bytes, copy, cache, multiprocessors = map(float, numbers.split(","))
+        return name, Gpu(peak, gemm, peak_bytes, copy, cache, multiprocessors)  # in the tiles of sm_90
     except (TypeError, ValueError):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not NAME=peak TFLOP/s,GEMM TFLOP/s,peak TB/s,copy TB/s,cache MiB,multiprocessors, for one "

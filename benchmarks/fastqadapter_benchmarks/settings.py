@@ -21,7 +21,6 @@ class Head:
 
 # From the models' own config files.
 HEADS = {
-    "SmolLM2-135M": Head(576, 49152),
     "Qwen2.5-0.5B": Head(896, 151936),
     "Llama-3.2-1B": Head(2048, 128256),
     "Llama-3-8B": Head(4096, 128256),
@@ -57,11 +56,11 @@ class Settings:
 
     @property
     def heads(self) -> dict[str, int]:
-        """Heads that the loss is measured on, with the number of state rows."""
+        """Heads that the loss is measured on, with the number of state rows: the model's own, then those of `HEADS`."""
         if self.on_gpu:
-            names = HEADS if self.full else ("SmolLM2-135M", "Llama-3-8B", "Qwen2.5-7B", "Gemma-2-2B", "Gemma-3-4B")
-            return dict.fromkeys(names, 4096)
-        return {"SmolLM2-135M": 1024, "Qwen2.5-0.5B": 512, "Llama-3.2-1B": 512} if self.full else {"SmolLM2-135M": 256}
+            names = HEADS if self.full else ("Llama-3-8B", "Qwen2.5-7B", "Gemma-2-2B", "Gemma-3-4B")
+            return {self.model: 4096, **dict.fromkeys(names, 4096)}
+        return {self.model: 1024, "Qwen2.5-0.5B": 512, "Llama-3.2-1B": 512} if self.full else {self.model: 256}
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -21,12 +21,13 @@ from torch import Tensor
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import fastqadapter as fqa
+from fastqadapter.config import KVMode
 from fastqadapter_benchmarks.peers.decode import CACHE_NAME, MixedBatch, TwoPasses
 from fastqadapter_benchmarks.race import Competitor, Race
 from fastqadapter_benchmarks.settings import SETTINGS, Settings
-from fastqadapter_benchmarks.workload import load_base, lora, title_of
+from fastqadapter_benchmarks.workload import load_base, lora, random_ids, title_of
 
-MODES = ("shared", "prompt", "separate")
+MODES: tuple[KVMode, ...] = ("shared", "prompt", "separate")
 BASE, TWO_PASSES, MIXED = "base model alone", "published two passes (PEFT)", "PEFT mixed batch"
 ADAPTERS = (1, 2, 4, 8)
 
@@ -84,7 +85,7 @@ def draw_adapters(model: PeftModel) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def qadapter_model(settings: Settings, model: str, kv_mode: str, adapters: int = 1) -> fqa.QAdapterModel:
+def qadapter_model(settings: Settings, model: str, kv_mode: KVMode, adapters: int = 1) -> fqa.QAdapterModel:
     wrapped = fqa.get_qadapter_model(_base(settings, model), fqa.QAdapterConfig(kv_mode=kv_mode), lora())
     for number in range(1, adapters):
         wrapped.add_adapter(f"adapter{number}", lora())
@@ -149,7 +150,7 @@ def mixed_batch(model: PeftModel, ids: Tensor, tokens: int) -> Callable[[], Deco
     return run
 
 
-def ours(settings: Settings, model: str, ids: Tensor, tokens: int, kv_mode: str) -> Callable[[], Decoded]:
+def ours(settings: Settings, model: str, ids: Tensor, tokens: int, kv_mode: KVMode) -> Callable[[], Decoded]:
     return generates(qadapter_model(settings, model, kv_mode), ids, tokens)
 
 
@@ -169,17 +170,16 @@ def competitors(settings: Settings, model: str, ids: Tensor, tokens: int) -> lis
     ]
 
 
-def prompt(settings: Settings, batch: int, length: int) -> Tensor:
-    ids = torch.randint(1000, 40000, (batch, length), generator=torch.Generator().manual_seed(0))
-    return ids.to(settings.device)
+def prompt(settings: Settings, model: str, batch: int, length: int) -> Tensor:
+    return random_ids(model, batch, length).to(settings.device)
 
 
 @torch.no_grad()
 def check_against_two_passes(settings: Settings, model: str) -> None:
     """`separate` is the same function: what the two differ by in bf16 is little beside what the adapter does."""
-    ids = prompt(settings, 2, 40)
-    kwargs = {"max_new_tokens": 1, "pad_token_id": 0, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    kwargs |= {"return_dict_in_generate": True, "output_scores": True}
+    ids = prompt(settings, model, 2, 40)
+    kwargs: dict[str, Any] = {"max_new_tokens": 1, "pad_token_id": 0, "do_sample": False}
+    kwargs |= {"attention_mask": torch.ones_like(ids), "return_dict_in_generate": True, "output_scores": True}
     theirs, ours, base = (
         each.generate(ids, **kwargs).scores[0].log_softmax(-1)
         for each in (
@@ -209,13 +209,13 @@ def test_time_per_token(benchmark: Any, settings: Settings, model: str, batch: i
     title = f"{title_of(model)}, bf16, batch {batch}, prompt {length}"
     race = Race(benchmark, settings, "decode", title, batch=batch, prompt=length)
     race.facts["baseline"] = BASE
-    compete(race, competitors(settings, model, prompt(settings, batch, length), settings.new_tokens))
+    compete(race, competitors(settings, model, prompt(settings, model, batch, length), settings.new_tokens))
 
 
 @pytest.mark.full
 def test_adapters_in_one_call(benchmark: Any, settings: Settings, model: str) -> None:
     """`shared` mode: 1, 2, 4, 8 adapters mixed in one call, on one KV cache."""
-    ids = prompt(settings, 1, 80)
+    ids = prompt(settings, model, 1, 80)
     race = Race(benchmark, settings, "adapters", f"{title_of(model)}, bf16, batch 1, prompt 80", batch=1, prompt=80)
     race.facts["baseline"] = BASE
     loaded = qadapter_model(settings, model, "shared", max(ADAPTERS))
@@ -234,14 +234,23 @@ def test_compiled(benchmark: Any, settings: Settings, model: str) -> None:
     config = CompileConfig(fullgraph=True, mode="reduce-overhead" if settings.on_gpu else None)
     config._compile_all_devices = True
     static = {"cache_implementation": "static", "compile_config": config}
-    ids = prompt(settings, 1, 80)
+    ids = prompt(settings, model, 1, 80)
     race = Race(benchmark, settings, "compiled", f"{title_of(model)}, bf16, batch 1, 200 tokens", batch=1, prompt=80)
     race.facts["baseline"] = f"{BASE}, compiled"
-    models = {"fastqadapter, shared": functools.partial(qadapter_model, settings, model, "shared")}
-    models[BASE] = functools.partial(_base, settings, model)
-    entrants = [
-        Competitor(label + name, lambda of=of, options=options: generates(of(), ids, 200, **options))
-        for name, options in ((", compiled", static), ("", {}))
-        for label, of in models.items()
-    ]
-    compete(race, entrants)
+    models: dict[str, Callable[[], Any]] = {
+        "fastqadapter, shared": functools.partial(qadapter_model, settings, model, "shared"),
+        BASE: functools.partial(_base, settings, model),
+    }
+
+    def decoding(of: Callable[[], Any], options: dict[str, Any]) -> Callable[[], Callable[[], Decoded]]:
+        return lambda: generates(of(), ids, 200, **options)
+
+    kinds: dict[str, dict[str, Any]] = {", compiled": static, "": {}}
+    compete(
+        race,
+        [
+            Competitor(label + kind, decoding(of, options))
+            for kind, options in kinds.items()
+            for label, of in models.items()
+        ],
+    )

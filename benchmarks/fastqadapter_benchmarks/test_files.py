@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,11 @@ def test_collator(benchmark: Any, settings: Settings) -> None:
 @pytest.fixture
 def saved(settings: Settings, tmp_path: Path) -> Iterator[dict[str, tuple[PeftModel, Path]]]:
     """One model of ours and one of PEFT's with the same adapter, each saved to its folder."""
-    ours = fqa.get_qadapter_model(load_base("demo", settings.device), fqa.QAdapterConfig(), lora())
+    ours = fqa.get_qadapter_model(load_base(settings.model, settings.device), fqa.QAdapterConfig(), lora())
     targets = list(ours.peft_config["default"].target_modules)
     models = {
         "fastqadapter": ours,
-        "PEFT": get_peft_model(load_base("demo", settings.device), lora(target_modules=targets)),
+        "PEFT": get_peft_model(load_base(settings.model, settings.device), lora(target_modules=targets)),
     }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
@@ -68,10 +69,12 @@ def title_of(what: str, folder: Path) -> str:
 
 def test_save(benchmark: Any, settings: Settings, saved: dict[str, tuple[PeftModel, Path]]) -> None:
     race = Race(benchmark, settings, "files", title_of("save an adapter", saved["fastqadapter"][1]))
-    race.enter(
-        Competitor(name, lambda model=model, folder=folder: lambda: model.save_pretrained(folder))
-        for name, (model, folder) in saved.items()
-    )
+
+    def save(name: str) -> Callable[[], Any]:
+        model, folder = saved[name]
+        return lambda: model.save_pretrained(folder)
+
+    race.enter(Competitor(name, functools.partial(save, name)) for name in saved)
     race.run()
 
 
@@ -81,9 +84,9 @@ def test_load(benchmark: Any, settings: Settings, saved: dict[str, tuple[PeftMod
     classes = {"fastqadapter": fqa.QAdapterModel, "PEFT": PeftModel}
 
     def load(name: str) -> Callable[[], Any]:
-        return lambda: classes[name].from_pretrained(load_base("demo", settings.device), saved[name][1])
+        return lambda: classes[name].from_pretrained(load_base(settings.model, settings.device), saved[name][1])
 
-    race.enter(Competitor(name, lambda name=name: load(name)) for name in classes)
+    race.enter(Competitor(name, functools.partial(load, name)) for name in classes)
     for name, model in race.results.items():
         assert same_adapter(model, saved[name][0]), f"{name}: another adapter came back"
     race.run()

@@ -20,37 +20,23 @@ from fastqadapter_benchmarks import test_step as step
 from fastqadapter_benchmarks.peers.lm_head import Problem
 from fastqadapter_benchmarks.race import Competitor, Race
 from fastqadapter_benchmarks.settings import SETTINGS, Settings
-from fastqadapter_benchmarks.workload import Row, micro_batches
+from fastqadapter_benchmarks.workload import Row, micro_batches, random_ids
 
 pytestmark = pytest.mark.full
 LOSS_AXES = ("N", "D", "V")
 
 
-def equal_pairs(states: int, pairs: int = 4) -> fqa.PackedPairs:
-    """Pairs of two responses of one length, with `states` state rows together."""
-    length = (states // pairs + 1) // 2
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        {
-            "prompt_ids": [1, 2, 3],
-            "chosen_ids": torch.randint(1000, 8000, (length,), generator=generator).tolist(),
-            "rejected_ids": torch.randint(1000, 8000, (length,), generator=generator).tolist(),
-        }
-        for _ in range(pairs)
-    ]
-    return fqa.PreferenceCollator(None, None)(rows)
+def equal_rows(model: str, prompt: int, response: int, pairs: int) -> list[Row]:
+    """Tokenised pairs of one length each."""
+    ids = random_ids(model, pairs, prompt + 2 * response).tolist()
+    ends = prompt, prompt + response
+    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [dict(zip(keys, (row[: ends[0]], row[ends[0] : ends[1]], row[ends[1] :]), strict=True)) for row in ids]
 
 
-def rows_of_length(length: int, pairs: int) -> list[Row]:
-    """Tokenised pairs with an eighth of the length in the prompt, the rest in each response."""
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(count: int) -> list[int]:
-        return torch.randint(1000, 40000, (count,), generator=generator).tolist()
-
-    prompt = length // 8
-    keys = {"prompt_ids": prompt, "chosen_ids": length - prompt, "rejected_ids": length - prompt}
-    return [{key: ids(count) for key, count in keys.items()} for _ in range(pairs)]
+def equal_pairs(model: str, states: int, pairs: int = 4) -> fqa.PackedPairs:
+    """Pairs with `states` state rows together."""
+    return fqa.PreferenceCollator(None, None)(equal_rows(model, 3, (states // pairs + 1) // 2, pairs))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -71,7 +57,8 @@ def make_race(benchmark: Any, settings: Settings, axis: str, size: int, unit: st
 
 def test_loss(benchmark: Any, settings: Settings, axis: str, size: int, tmp_path: Path) -> None:
     shape = settings.growth_shape | {axis: size}
-    problem = Problem.random(equal_pairs(shape["N"]), shape["D"], shape["V"]).to(torch.bfloat16, settings.device)
+    pairs = equal_pairs(settings.model, shape["N"])
+    problem = Problem.random(pairs, shape["D"], shape["V"]).to(torch.bfloat16, settings.device)
     problem.save(tmp_path / "problem.safetensors")
     race = make_race(benchmark, settings, axis, size, "loss and gradient", **(shape | {"N": len(problem.hidden_q)}))
     table = loss.competitors(settings, len(problem.batch))
@@ -87,15 +74,17 @@ def test_loss(benchmark: Any, settings: Settings, axis: str, size: int, tmp_path
 
 def test_step(benchmark: Any, settings: Settings, axis: str, size: int) -> None:
     """Not checked again here: `test_step.py` is."""
-    same = [rows_of_length(size, pairs=2)] * settings.rounds
+    prompt = size // 8  # the rest of a branch is its response
+    same = [equal_rows(settings.model, prompt, size - prompt, pairs=2)] * settings.rounds
     batches = micro_batches(settings, size) if axis == "pairs" else same
     race = make_race(benchmark, settings, axis, size, "training step", **{axis: size})
-    race.enter(step.competitors(settings, "demo", ("fastqadapter, shared", "published"), batches))
+    race.enter(step.competitors(settings, settings.model, ("fastqadapter, shared", "published"), batches))
     race.run(memory=True)
 
 
 def test_decode(benchmark: Any, settings: Settings, axis: str, size: int) -> None:
     race = make_race(benchmark, settings, axis, size, "token behind a prompt", prompt=size)
     labels = ("fastqadapter, shared", decode.BASE, decode.TWO_PASSES)
-    entrants = decode.competitors(settings, "demo", decode.prompt(settings, 1, size), settings.new_tokens)
+    ids = decode.prompt(settings, settings.model, 1, size)
+    entrants = decode.competitors(settings, settings.model, ids, settings.new_tokens)
     decode.compete(race, [each for each in entrants if each.label in labels])

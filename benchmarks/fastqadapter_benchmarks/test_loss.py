@@ -23,7 +23,7 @@ from fastqadapter_benchmarks.peers import lm_head
 from fastqadapter_benchmarks.peers.lm_head import Problem
 from fastqadapter_benchmarks.race import Competitor, Race
 from fastqadapter_benchmarks.settings import HEADS, SETTINGS, Settings, name_of
-from fastqadapter_benchmarks.workload import batch_of_states, real_hidden_states
+from fastqadapter_benchmarks.workload import batch_of_states, real_hidden_states, title_of
 
 FLOOR, OTHER_LOSS, APPROXIMATE = "the GEMMs it needs, alone", "another loss", "approximate"
 ALLOWED = 0.01  # of the norm of the gradient, in float32
@@ -71,9 +71,9 @@ def from_file(build: Build, path: Path, device: str, gradient: bool = True) -> C
 
 def make_problem(settings: Settings, head: str, states: int, dtype: torch.dtype) -> Problem:
     batch = batch_of_states(settings, states)
-    if head == "SmolLM2-135M":
-        hidden_q, hidden_b, weight = real_hidden_states(settings, batch)
-        return Problem(hidden_q, hidden_b, weight, batch).to(dtype, settings.device)
+    if head == settings.model:
+        hidden_q, hidden_b, own = real_hidden_states(settings, batch)
+        return Problem(hidden_q, hidden_b, own.weight.detach(), batch, own.softcap).to(dtype, settings.device)
     return Problem.random(batch, HEADS[head].size, HEADS[head].vocab, HEADS[head].softcap).to(dtype, settings.device)
 
 
@@ -112,9 +112,10 @@ def off_by(found: Tensor, truth: Tensor) -> float:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     settings: Settings = metafunc.config.stash[SETTINGS]
     metafunc.parametrize("head", settings.heads)
-    metafunc.parametrize("dtype", settings.dtypes, ids=name_of)
-    gradients = {"gradient": True} | ({"values": False} if settings.full else {})
-    metafunc.parametrize("gradient", gradients.values(), ids=gradients)
+    cases = [(dtype, True) for dtype in settings.dtypes]
+    cases += [(torch.bfloat16, False)] if settings.full else []
+    names = [f"{name_of(dtype)}-{'gradient' if gradient else 'values'}" for dtype, gradient in cases]
+    metafunc.parametrize(("dtype", "gradient"), cases, ids=names)
 
 
 def test_loss(
@@ -124,7 +125,7 @@ def test_loss(
     problem.save(tmp_path / "problem.safetensors")
     states, (vocab, size) = len(problem.hidden_q), problem.weight.shape
     table = competitors(settings, len(problem.batch))
-    title = f"{head} head, {name_of(dtype)}, {states} states of {len(problem.batch)} pairs"
+    title = f"{title_of(head)} head, {name_of(dtype)}, {states} states of {len(problem.batch)} pairs"
     title += "" if gradient else ", values alone"
     race = Race(benchmark, settings, "loss", title, N=states, D=size, V=vocab)
     race.enter(

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
@@ -25,6 +26,8 @@ from transformers import (
 import fastqadapter as fqa
 from fastqadapter.data import read_rows, tokenize_row
 from fastqadapter.demo.smollm import demo_model_folder
+from fastqadapter.loss import LMHead
+from fastqadapter.models.base import lm_head_of
 from fastqadapter_benchmarks.settings import SMOLLM, Settings
 
 Row = dict[str, Any]  # a tokenised pair: prompt_ids, chosen_ids, rejected_ids
@@ -97,20 +100,20 @@ def _tokenized(model: str, data: str, max_length: int) -> list[Row]:
     return [row for row in tokenized if row is not None]
 
 
-def pairs(settings: Settings, count: int | None = None, model: str = "demo") -> list[Row]:
-    """The first pairs of the data, or all of them, tokenised.
+def pairs(settings: Settings, count: int | None = None, model: str | None = None) -> list[Row]:
+    """The first pairs of the data, or all of them, tokenised for the model (default: the settings' own).
 
     Raises:
         ValueError: there are fewer.
     """
-    rows = _tokenized(model, settings.data, settings.max_length)
+    rows = _tokenized(model or settings.model, settings.data, settings.max_length)
     if len(rows) < (count or 1):
         found = f"data={settings.data!r} has {len(rows)} pairs of at most {settings.max_length} tokens"
         raise ValueError(f"{found}; this suite needs {count or 1}")
     return rows[:count]
 
 
-def micro_batches(settings: Settings, size: int, model: str = "demo") -> list[list[Row]]:
+def micro_batches(settings: Settings, size: int, model: str | None = None) -> list[list[Row]]:
     """One micro-batch for each round."""
     rows = pairs(settings, size * settings.rounds, model)
     return [rows[size * i : size * (i + 1)] for i in range(settings.rounds)]
@@ -127,11 +130,18 @@ def batch_of_states(settings: Settings, states: int) -> fqa.PackedPairs:
     return fqa.PreferenceCollator(None, None)(chosen)
 
 
+def random_ids(model: str, *shape: int) -> Tensor:
+    """Token ids from the middle of the vocabulary, where no special tokens are."""
+    config = CONFIGS.get(model) or AutoConfig.from_pretrained(folder_of(model)).get_text_config()
+    vocab = config.vocab_size
+    return torch.randint(vocab // 50, vocab * 4 // 5, shape, generator=torch.Generator().manual_seed(0))
+
+
 @torch.no_grad()
-def real_hidden_states(settings: Settings, batch: fqa.PackedPairs) -> tuple[Tensor, Tensor, Tensor]:
-    """`h_q`, `h_b` (S, D) and the head (V, D) of the demo's model, with a random adapter, in bf16."""
+def real_hidden_states(settings: Settings, batch: fqa.PackedPairs) -> tuple[Tensor, Tensor, LMHead]:
+    """`h_q`, `h_b` (S, D) of the settings' model, with a random adapter, in bf16, and its head."""
     torch.manual_seed(0)
-    base = load_base("demo", settings.device)
+    base = load_base(settings.model, settings.device)
     model = fqa.get_qadapter_model(base, fqa.QAdapterConfig(kv_mode="shared"), lora(init_lora_weights=False))
     hidden_q, hidden_b = model.eval().hidden_states(batch.to(settings.device))
-    return hidden_q, hidden_b, base.get_output_embeddings().weight.detach()
+    return hidden_q, hidden_b, lm_head_of(base)

@@ -117,7 +117,9 @@ def _write_results(path: Path, found: list[Result], command: str) -> None:
     for plot in folder.glob("*.png"):
         plot.unlink()  # the SVG files are what the page shows
     sections = {f"measured: {device}": report.measured_section(found, command, drawn)}
-    report.update_results_file(path, {**sections, "predictions": report.predicted_section()})
+    if importlib.util.find_spec("triton") is not None:
+        sections["predictions"] = report.predicted_section()
+    report.update_results_file(path, sections)
     print(f"section of {device}: {path}")
 
 

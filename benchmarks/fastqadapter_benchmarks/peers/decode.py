@@ -68,4 +68,5 @@ class MixedBatch:
         names = ["__base__"] * len(tokens) + [self.model.active_adapter] * len(tokens)
         inputs = {"input_ids": tokens.repeat(2, 1), "logits_to_keep": 1, CACHE_NAME: self.kv_cache}
         logits = self.model(**inputs, adapter_names=names).logits[:, -1]
-        return combine(*logits.chunk(2), *self.alphas)
+        base, adapted = logits.chunk(2)
+        return combine(base, adapted, *self.alphas)

@@ -1,9 +1,9 @@
 """The loss of packed pairs from hidden states, forward and backward, on the kernels of others.
 
 Each function takes a `Problem` and gives a call that returns the loss and its gradient (S, D) by `h_q`, or, for a
-problem without gradient, the loss and the soft values (S,). The peers know log-probabilities, so each is composed twice:
-with z a gathered dot product in fp32, `lse = z - log p[a]` gives the base lse from `h_b` and the combined one from `h_q +
-(alpha_0 - 1) h_b`. What follows, rewards and loss, is the same code for all, and a thousandth of the work.
+problem without gradient, the loss and the soft values (S,). The peers know log-probabilities, so each is composed
+twice: with z a gathered dot product in fp32, `lse = z - log p[a]` gives the base lse from `h_b` and the combined one
+from `h_q + (alpha_0 - 1) h_b`. What follows, rewards and loss, is the same code for all, and a thousandth of the work.
 
 Sources: TRL's ChunkedLogProbFunction (https://github.com/huggingface/trl), torch.nn.functional.linear_cross_entropy
 (https://docs.pytorch.org), Liger's losses (https://github.com/linkedin/Liger-Kernel), Apple's cut-cross-entropy
@@ -129,13 +129,17 @@ def backend(problem: Problem, name: str) -> Call:
         return problem.result(loss, loss)
 
     def values() -> tuple[Tensor, Tensor]:
-        soft_cap = problem.softcap is not None
-        params = ops.HeadParams(CONFIG.alpha_0, CONFIG.alpha_tilde, softcap=problem.softcap, difference=soft_cap)
+        capped = problem.softcap is not None
+        params = ops.HeadParams(CONFIG.alpha_0, CONFIG.alpha_tilde, softcap=problem.softcap, difference=capped)
+        hidden_b, states = problem.hidden_b, problem.transitions.states
         accumulated = _accumulated(problem.weight)
-        hidden = problem.hidden_q if soft_cap else problem.hidden_q.to(accumulated) - problem.hidden_b.to(accumulated)
+        hidden = problem.hidden_q if capped else problem.hidden_q.to(accumulated) - hidden_b.to(accumulated)
         value, _, taken = ops.state_action_values(
-            hidden, problem.hidden_b, problem.weight, params, problem.transitions.states, problem.actions, backend=name
+            hidden, hidden_b, problem.weight, params, states, problem.actions, backend=name
         )
+        if capped:
+            base = ops.taken_value(hidden_b[states], problem.weight, problem.actions, backend=name)
+            taken = head.scale_and_cap(taken, None) - head.scale_and_cap(base, None)
         return value, taken
 
     return whole_loss if problem.gradient else problem.call(values)

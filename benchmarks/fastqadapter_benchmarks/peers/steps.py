@@ -20,12 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fastqadapter as fqa
+from fastqadapter.config import KVMode, Preset
 from fastqadapter.ops.backends import ENVIRONMENT_VARIABLE
 from fastqadapter_benchmarks.peers import two_pass
 from fastqadapter_benchmarks.settings import Settings
 from fastqadapter_benchmarks.workload import Row, load_base, lora, tokenizer
 
-OBJECTIVE = {"alpha_0": 1.0, "alpha_tilde": 1.0, "gamma": 1.0, "beta": 0.1}
+OBJECTIVE: dict[str, Any] = {"alpha_0": 1.0, "alpha_tilde": 1.0, "gamma": 1.0, "beta": 0.1}
 Step = Callable[[list[Row]], Callable[[], Any]]  # collates a micro-batch; what it returns is timed
 
 
@@ -33,8 +34,8 @@ Step = Callable[[list[Row]], Callable[[], Any]]  # collates a micro-batch; what 
 class Method:
     """One way to compute the Q-Adapter loss. `kv_mode=None` is the published one; `targets=None` the mode's default."""
 
-    kv_mode: str | None
-    preset: str = "default"
+    kv_mode: KVMode | None
+    preset: Preset = "default"
     targets: tuple[str, ...] | None = None
     base_no_grad: bool = False
     backend: str | None = None
@@ -189,8 +190,8 @@ def _separate_is_published(settings: Settings, model_name: str, rows: list[Row],
     checks = [(errors(SEPARATE, torch.float32), (1e-5, 1e-3), torch.float32)]
     if dtype != torch.float32:
         rounding = torch.finfo(dtype).eps
-        allowed = tuple(2 * error + rounding for error in errors(PUBLISHED, dtype))
-        checks.append((errors(SEPARATE, dtype), allowed, dtype))
+        of_loss, of_gradient = (2 * error + rounding for error in errors(PUBLISHED, dtype))
+        checks.append((errors(SEPARATE, dtype), (of_loss, of_gradient), dtype))
     for found, allowed, each in checks:
         if not all(error <= limit for error, limit in zip(found, allowed, strict=True)):  # NaN is red too
             yield f"separate is not the published computation in {each}: off by {found}, allowed {allowed}"

@@ -1,0 +1,83 @@
+"""`fastqadapter bench`, as a user runs it, on a tiny model: what it writes, how it goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastqadapter_benchmarks.results import read_results
+from words import save_base, word_rows
+
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (extra bench)")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    save_base(folder / "base")
+    lines = [json.dumps(row) for row in word_rows(60)]
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastqadapter.cli", "bench", "--model", "base", "--data", "pairs.jsonl"]
+    paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def first(workplace: Path) -> subprocess.CompletedProcess[str]:
+    """Every suite of a quick run, against two peers."""
+    return bench(
+        workplace, "--peers", "eager", "published", "base model", "--output_dir", "out", "--results", "RESULTS.md"
+    )
+
+
+def test_run_writes_all_it_promises(workplace: Path, first: subprocess.CompletedProcess[str]) -> None:
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "no GPU here: the shapes of Llama-3-8B, Qwen2.5-7B and Gemma are skipped" in first.stdout
+    found = read_results(workplace / "out" / "benchmark.json")
+    assert {result.suite for result in found} == {"step", "loss", "decode"}
+    for result in found:
+        assert result.title.startswith("base")
+        assert all(len(times) == 5 for times in result.seconds[result.metric].values())
+        assert result.machine["threads"] == 2 and result.machine["versions"]["torch"]
+    loss = next(result for result in found if result.suite == "loss")
+    assert set(loss.labels) >= {"eager", "published"} and loss.errors[loss.ours] < loss.errors["published"] + 0.01
+    assert (workplace / "out" / "summary.md").read_text().strip() in first.stdout
+    text = (workplace / "RESULTS.md").read_text()
+    assert "## Measured on a CPU" in text and "plots/" in text
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (workplace / line.split("(")[1].rstrip(")")).is_file()
+    assert all((workplace / "out" / "plots" / f"{name}.png").is_file() for name in ("training_step", "time_per_token"))
+
+
+def test_resume_runs_only_what_is_missing(workplace: Path, first: subprocess.CompletedProcess[str]) -> None:
+    assert first.returncode == 0
+    options = "--peers", "eager", "published", "base model", "--output_dir", "out"
+    (workplace / "out" / "suites" / "loss.json").unlink()
+    again = bench(workplace, *options, "--resume")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "step: kept" in again.stdout and "decode: kept" in again.stdout and "test_loss.py" in again.stdout
+    other = bench(workplace, "--output_dir", "out", "--resume")
+    assert other.returncode == 2 and "has suites of other options" in other.stderr
+
+
+def test_a_suite_that_fails_is_named_and_the_others_are_kept(workplace: Path) -> None:
+    """Pairs that are enough for the loss, but not for five micro-batches of the step."""
+    lines = (workplace / "pairs.jsonl").read_text().splitlines()[:3]
+    (workplace / "few.jsonl").write_text("\n".join(lines) + "\n")
+    options = "--data", "few.jsonl", "--only", "step", "loss", "--peers", "eager", "--output_dir", "few"
+    done = bench(workplace, *options)
+    assert done.returncode == 1
+    assert "FAILED, and not in the tables: step" in done.stderr
+    assert {result.suite for result in read_results(workplace / "few" / "benchmark.json")} == {"loss"}
