@@ -28,18 +28,18 @@ MACHINE = {
 def facts(suite: str = "loss", title: str = "a head", **changes: Any) -> dict[str, Any]:
     """What one case puts into pytest-benchmark's extra_info."""
     seconds = {
-        "ours": [0.1, 0.1, 0.2, 0.1, 0.1],
+        "fastqadapter": [0.1, 0.1, 0.2, 0.1, 0.1],
         "peer": [0.3, 0.2, 0.8, 0.3, 0.3],
         "gemms": [0.05, 0.05, 0.05, 0.05, 0.05],
     }
     return {
         "suite": suite,
         "title": title,
-        "ours": "ours",
+        "ours": "fastqadapter",
         "seconds": {"time": seconds},
         "shape": {"N": 10, "V": 100},
-        "extra_mib": {"ours": 1.0, "peer": 30.0},
-        "errors": {"ours": 1e-3},
+        "extra_mib": {"fastqadapter": 1.0, "peer": 30.0},
+        "errors": {"fastqadapter": 1e-3},
         "notes": {"gemms": "floor", "peer": "another loss"},
         "absent": {"other": "it needs a GPU"},
         "machine": MACHINE,
@@ -49,16 +49,18 @@ def facts(suite: str = "loss", title: str = "a head", **changes: Any) -> dict[st
 
 def decoding(**changes: Any) -> dict[str, Any]:
     seconds = {
-        "per_token": {"ours": [0.012] * 5, "base": [0.01] * 5},
-        "first_token": {"ours": [0.2] * 5, "base": [0.1] * 5},
+        "per_token": {"fastqadapter": [0.012] * 5, "base": [0.01] * 5},
+        "first_token": {"fastqadapter": [0.2] * 5, "base": [0.1] * 5},
     }
     shape = {"batch": 4, "prompt": 8}
     return facts("decode", "a model", seconds=seconds, shape=shape, baseline="base", notes={}, extra_mib={}, errors={},
-                 kv_bytes={"ours": 2**20, "base": 2**20}, absent={}) | changes  # fmt: skip
+                 kv_bytes={"fastqadapter": 2**20, "base": 2**20}, absent={}) | changes  # fmt: skip
 
 
-def sweep(at: int, seconds: float) -> dict[str, Any]:
-    return facts("growth", "loss and gradient", axis="N", at=at, seconds={"time": {"ours": [seconds] * 5}}, notes={})
+def sweep(at: int, seconds: float, axis: str = "N") -> dict[str, Any]:
+    return facts(
+        "growth", "loss and gradient", axis=axis, at=at, seconds={"time": {"fastqadapter": [seconds] * 5}}, notes={}
+    )
 
 
 def saved(path: Path, *cases: dict[str, Any]) -> Path:
@@ -72,9 +74,9 @@ def loaded(*cases: dict[str, Any]) -> list[Result]:
 
 def test_ratio_is_the_median_of_ratios_of_one_round() -> None:
     [result] = loaded(facts())
-    assert result.ratio("peer", "ours") == pytest.approx(3.0)  # of 3, 2, 4, 3, 3
+    assert result.ratio("peer", "fastqadapter") == pytest.approx(3.0)  # of 3, 2, 4, 3, 3
     assert result.median("peer") == 0.3 and result.quartiles("peer") == (0.3, 0.3)
-    assert result.labels == ["gemms", "ours", "peer"] and result.floor == "gemms"
+    assert result.labels == ["gemms", "fastqadapter", "peer"] and result.floor == "gemms"
 
 
 @pytest.mark.parametrize("power", [1.0, 0.5, 2.0])
@@ -91,15 +93,15 @@ def test_table_of_a_case_has_every_figure() -> None:
     lines = report.case_table(result).splitlines()
     assert lines[0] == "| method | median | quartiles | times ours | times floor | extra MiB | off by | note |"
     assert lines[2].startswith("| gemms | 50 ms |") and lines[2].endswith("| floor |")
-    assert lines[3] == "| **ours** | 100 ms | 100 ms to 100 ms | 1.00 | 2.00 | 1 | 1.0e-03 |  |"
+    assert lines[3] == "| **fastqadapter** | 100 ms | 100 ms to 100 ms | 1.00 | 2.00 | 1 | 1.0e-03 |  |"
     assert "| peer | 300 ms |" in lines[4] and "another loss" in lines[4]
 
 
 def test_tables_list_who_was_not_measured_and_fit_exponents() -> None:
     text = report.tables(loaded(facts(), decoding(), sweep(10, 0.1), sweep(20, 0.2), sweep(40, 0.4)))
     assert "Not measured here: other: it needs a GPU." in text
-    assert "| **ours** | 12 ms | 12 ms to 12 ms | 1.00 | 1.20 | 333 | 200 ms | 1.00 |" in text
-    assert "| ours | 100 ms | 200 ms | 400 ms | 1.00 |" in text
+    assert "| **fastqadapter** | 12 ms | 12 ms to 12 ms | 1.00 | 1.20 | 333 | 200 ms | 1.00 |" in text
+    assert "| fastqadapter | 100 ms | 200 ms | 400 ms | 1.00 |" in text
 
 
 def test_summary_has_step_loss_and_decoding() -> None:
@@ -170,10 +172,12 @@ def test_slower_machine_is_not_slower_code() -> None:
 
 def test_slower_code_is_found() -> None:
     new = facts()
-    new["seconds"]["time"]["ours"] = [0.15, 0.15, 0.3, 0.15, 0.15]
+    new["seconds"]["time"]["fastqadapter"] = [0.15, 0.15, 0.3, 0.15, 0.15]
     [change] = compare.compare(loaded(facts()), loaded(new))
     assert change.slowdown == pytest.approx(1.5)
-    assert "| SLOWER | loss: a head, ours, time | 100 ms | 150 ms | 1.50 | gemms |" in compare.report([change], 1.4)
+    assert "| SLOWER | loss: a head, fastqadapter, time | 100 ms | 150 ms | 1.50 | gemms |" in compare.report(
+        [change], 1.4
+    )
     assert "SLOWER" not in compare.report([change], 1.6)
 
 
@@ -187,6 +191,19 @@ def test_case_without_an_anchor_is_compared_in_seconds() -> None:
     assert change.anchor is None and change.slowdown == pytest.approx(3.0)
 
 
+def test_sweeps_of_one_size_are_not_mixed_up() -> None:
+    both = sweep(512, 0.1), sweep(512, 0.4, axis="D")
+    assert [change.slowdown for change in compare.compare(loaded(*both), loaded(*both))] == [1.0, 1.0]
+
+
+def test_what_the_new_run_has_not_is_named() -> None:
+    other = facts(title="another head")
+    fewer = decoding()
+    fewer["seconds"] = {"per_token": {"fastqadapter, prompt": [1.0] * 5, **fewer["seconds"]["per_token"]}}
+    old, new = loaded(facts(), other, fewer), loaded(facts(), decoding())
+    assert compare.not_compared(old, new) == ["another head", "a model, fastqadapter, prompt"]
+
+
 def test_runs_without_a_common_case_are_refused() -> None:
     with pytest.raises(ValueError, match="no case in common; the old one has: a head"):
         compare.compare(loaded(facts()), loaded(facts(title="other")))
@@ -197,7 +214,7 @@ def test_runs_without_a_common_case_are_refused() -> None:
 
 def test_command_compares_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slow = facts()
-    slow["seconds"]["time"]["ours"] = [0.15] * 5
+    slow["seconds"]["time"]["fastqadapter"] = [0.15] * 5
     old, new = saved(tmp_path / "old.json", facts()), saved(tmp_path / "new.json", slow)
     assert cli.main(["bench", "--compare", str(old), str(old)]) == 0
     assert "none of 1 times became more than 1.25 times slower" in capsys.readouterr().out
@@ -218,6 +235,9 @@ def test_command_compares_two_files(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file"),
         (["--compare", "a", "b", "c"], "--compare takes one or two files, not 3"),
         (["--compare", "nowhere.json"], "cannot read nowhere.json"),
+        (["--only", "loss", "ops"], "--only ops: this suite has nothing for a quick run; add --full"),
+        (["--only", "loss", "--results", "R.md"], "a part of a run would replace the whole section"),
+        (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--max_slowdown", "0"], "--max_slowdown 0.0: a ratio above 0 is needed"),
     ],
 )
@@ -243,4 +263,4 @@ def test_merged_report_has_all_cases() -> None:
 
 
 def test_growth_collects_the_points() -> None:
-    assert growth(loaded(sweep(10, 0.1), sweep(20, 0.2))) == {"N": {"ours": {10: 0.1, 20: 0.2}}}
+    assert growth(loaded(sweep(10, 0.1), sweep(20, 0.2))) == {"N": {"fastqadapter": {10: 0.1, 20: 0.2}}}

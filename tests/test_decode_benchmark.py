@@ -12,7 +12,7 @@ from tiny import PAD
 def test_two_passes_within_generate() -> None:
     twins = trained_twins("llama", "separate")
     expected = generated(twins.model, PROMPT, max_new_tokens=12)
-    passes = TwoPasses(twins.adapted, **NUMBERS)
+    passes = TwoPasses(twins.adapted, twins.base, **NUMBERS)
     found = passes.generate(**ids_of(PROMPT), max_new_tokens=12, do_sample=False, pad_token_id=PAD)
     assert found[:, len(PROMPT) :].tolist() == expected
 

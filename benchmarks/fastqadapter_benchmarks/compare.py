@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from fastqadapter_benchmarks.report import seconds, table
 from fastqadapter_benchmarks.results import Result
+from fastqadapter_benchmarks.settings import is_ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,9 @@ def compare(old: Sequence[Result], new: Sequence[Result]) -> list[Change]:
     Raises:
         ValueError: they have none in common.
     """
-    before = {(result.suite, result.title, result.at): result for result in old}
+    before = {_key(result): result for result in old}
     changes = [
-        change
-        for result in new
-        if (was := before.get((result.suite, result.title, result.at))) is not None
-        for change in _changes(was, result)
+        change for result in new if (was := before.get(_key(result))) is not None for change in _changes(was, result)
     ]
     if not changes:
         titles = sorted({result.title for result in old})
@@ -44,10 +42,28 @@ def compare(old: Sequence[Result], new: Sequence[Result]) -> list[Change]:
     return sorted(changes, key=lambda change: change.slowdown, reverse=True)
 
 
+def _key(result: Result) -> tuple[object, ...]:
+    return result.suite, result.title, result.axis, result.at
+
+
+def not_compared(old: Sequence[Result], new: Sequence[Result]) -> list[str]:
+    """What the old run has and the new one has not."""
+    after = {_key(result): result for result in new}
+    gone = [result.title for result in old if _key(result) not in after]
+    lost = [
+        f"{result.title}, {label}"
+        for result in old
+        if _key(result) in after
+        for label in result.seconds[result.metric]
+        if is_ours(label) and label not in after[_key(result)].seconds[result.metric]
+    ]
+    return gone + lost
+
+
 def _changes(old: Result, new: Result) -> Iterator[Change]:
     where = f"{new.suite}: {new.title}" + (f", {new.axis} = {new.at:g}" if new.axis else "")
     for metric in new.seconds:
-        mine = [label for label in new.seconds[metric] if _is_ours(new, label)]
+        mine = [label for label in new.seconds[metric] if is_ours(label)]
         for label in mine:
             if label not in old.seconds.get(metric, {}):
                 continue
@@ -60,12 +76,8 @@ def _changes(old: Result, new: Result) -> Iterator[Change]:
             yield Change(f"{where}, {label}, {metric.replace('_', ' ')}", before, after, anchor, slowdown)
 
 
-def _is_ours(result: Result, label: str) -> bool:
-    return label == result.ours or label.startswith("fastqadapter")
-
-
 def _anchor(old: Result, new: Result, metric: str) -> str | None:
-    in_both = [label for label in new.seconds[metric] if label in old.seconds[metric] and not _is_ours(new, label)]
+    in_both = [label for label in new.seconds[metric] if label in old.seconds[metric] and not is_ours(label)]
     first_choice = (label for label in (new.baseline, new.floor, "published") if label in in_both)
     return next(first_choice, in_both[0] if in_both else None)
 

@@ -28,8 +28,8 @@ def describe(settings: Settings) -> dict[str, Any]:
         "threads": settings.threads,
         "cores": os.cpu_count(),
         "kernels": settings.our_backend if settings.on_gpu else f"{settings.our_backend} ({native.cpu_isa()})",
-        "versions": {"python": platform.python_version(), "fastqadapter": fastqadapter.__version__, **_versions()},
-        "commit": commit(),
+        "versions": {name: version for name, version in versions().items() if name != "commit"},
+        "commit": versions().get("commit"),
     }
 
 
@@ -44,7 +44,20 @@ def cpu_name() -> str:
     return f"{name or 'unknown processor'} ({platform.machine()}, {capability})"
 
 
-def commit() -> str | None:
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of everything that has a part in a figure, and the commit of a checkout."""
+    found = {"python": platform.python_version(), "fastqadapter": fastqadapter.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    checked_out = _commit()
+    return found | ({"commit": checked_out} if checked_out else {})
+
+
+def _commit() -> str | None:
     """Of the checkout that this file lies in, with a + where it was changed; None in an installed package."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
@@ -55,13 +68,3 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

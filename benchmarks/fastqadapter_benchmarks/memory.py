@@ -41,43 +41,50 @@ def forget_peak() -> None:
 Build = Callable[[], Callable[[], Any]]
 
 
-def peaks_of(builds: Mapping[str, Build], device: str, threads: int) -> dict[str, float | None]:
-    """Peak MiB of the call that each `build` makes, beyond what was there before it, on its second run.
+def peaks_of(builds: Mapping[str, Build], device: str, threads: int) -> dict[str, float | str]:
+    """Peak MiB of the call that each `build` makes, beyond what was there before it, on its second run; or why not.
 
     On a CPU, a `build` must be a partial of a function of a module: it runs in a process of its own, after the others
     (two at once took 30 times as long).
     """
     if device != "cpu":
-        return {label: _cuda_peak(build()) for label, build in builds.items()}
+        return {label: _cuda_peak(build) for label, build in builds.items()}
     return {label: extra_of_a_child(build, threads) for label, build in builds.items()}
 
 
-def extra_of_a_child(build: Build, threads: int) -> float | None:
-    """None where the system does not tell, or has killed the process."""
+def extra_of_a_child(build: Build, threads: int) -> float | str:
     if not STATUS.exists():
-        return None
+        return "this system does not tell the peak of a process"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with ProcessPoolExecutor(1, mp_context=context) as pool, contextlib.suppress(BrokenProcessPool):
-        return pool.submit(_resident_peak, build, threads).result()
-    return None
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(_resident_peak, build, threads).result()
+    except BrokenProcessPool:
+        return "its process was killed, for memory as it seems"
 
 
-def _resident_peak(build: Build, threads: int) -> float:
+def _resident_peak(build: Build, threads: int) -> float | str:
     torch.set_num_threads(threads)
     run = build()
     run()  # lazy imports, compilers, thread pools, mapped weights
     forget_peak()
     before = resident_mib("VmRSS")
+    if resident_mib("VmHWM") - before > 16:
+        return "this system does not let a process forget its peak"
     run()
     return resident_mib("VmHWM") - before
 
 
-def _cuda_peak(run: Callable[[], Any]) -> float:
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
+def _cuda_peak(build: Build) -> float | str:
+    try:
+        run = build()
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+    except torch.cuda.OutOfMemoryError:
+        return "out of memory beside the others"
     return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from fastqadapter_benchmarks.report import AXES
 from fastqadapter_benchmarks.results import Result, fitted_exponent, growth
+from fastqadapter_benchmarks.settings import is_ours
 
 OURS, OURS_TOO, OTHER, FLOOR = "tab:green", "#94cf94", "tab:blue", "tab:grey"
 MARKERS = "osD^vP*X"
@@ -48,7 +49,7 @@ def _colour(result: Result, label: str) -> str:
         return FLOOR
     if label == result.ours:
         return OURS
-    return OURS_TOO if label.startswith("fastqadapter") else OTHER
+    return OURS_TOO if is_ours(label) else OTHER
 
 
 def training_step(results: Sequence[Result]) -> Figure | None:
@@ -109,7 +110,7 @@ def loss_memory(results: Sequence[Result]) -> Figure | None:
     """Peak memory by N V; every competitor that ran at more than one size has a line."""
     points: dict[str, dict[float, float]] = {}
     for result in results:
-        if {"N", "V"} <= result.shape.keys() and result.extra_mib:
+        if {"N", "V"} <= result.shape.keys() and result.axis in (None, "N", "V") and not result.variant:
             size = result.shape["N"] * result.shape["V"]
             for label, peak in result.extra_mib.items():
                 # Less than a page or two is nothing; a logarithm wants a number.

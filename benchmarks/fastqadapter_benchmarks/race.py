@@ -18,7 +18,7 @@ import torch
 
 from fastqadapter_benchmarks.machine import describe
 from fastqadapter_benchmarks.memory import peaks_of
-from fastqadapter_benchmarks.settings import Settings
+from fastqadapter_benchmarks.settings import Settings, is_ours
 
 Call = Callable[[], Any]
 
@@ -38,9 +38,10 @@ class Competitor:
 
 
 class Race:
-    """One case. The first competitor that enters is ours."""
+    """One case. The first competitor that enters is ours, the one that others are compared with."""
 
     def __init__(self, benchmark: Any, settings: Settings, suite: str, title: str, **shape: float):
+        torch._dynamo.reset()  # it compiles a function only so often, and lets it run uncompiled from then on
         self.benchmark = benchmark
         self.settings = settings
         self.facts: dict[str, Any] = {"suite": suite, "title": title, "shape": shape, "errors": {}, "extra_mib": {}}
@@ -50,7 +51,7 @@ class Race:
         self._competitors: dict[str, Competitor] = {}
 
     def enter(self, competitors: Iterable[Competitor]) -> None:
-        """Build every competitor and call it once."""
+        """Build every competitor and call it once. What is ours must run."""
         for competitor in competitors:
             label = competitor.label
             if self.calls and self.settings.peers and not any(name in label for name in self.settings.peers):
@@ -63,16 +64,17 @@ class Race:
             except ModuleNotFoundError as error:
                 self.absent[label] = f'{error.name} is not installed: pip install "fastqadapter[bench]"'
             except Exception as error:
-                if not self.calls:  # ours
+                if is_ours(label):
                     raise
-                self.absent[label] = f"fails here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                self.absent[label] = failure(error)
             else:
                 self.calls[label], self.results[label] = call, result
                 self._competitors[label] = competitor
 
     def withdraw(self, label: str, reason: str) -> None:
-        """Take a competitor out that entered; ours stays."""
+        """Take a competitor out that entered."""
         del self.calls[label], self._competitors[label]
+        self.results.pop(label, None)
         self.absent[label] = reason
 
     @property
@@ -98,11 +100,19 @@ class Race:
                 seconds.setdefault(metric, {}).setdefault(label, []).append(value)
 
         def others() -> None:
-            for label in self.calls:
-                if label != self.ours:
+            for label in [*self.calls]:
+                if label == self.ours:
+                    continue
+                try:
                     timed(label)
+                except Exception as error:  # out of memory, now that all are there
+                    if is_ours(label):
+                        raise
+                    self.withdraw(label, failure(error))
+                    for times in seconds.values():
+                        times.pop(label, None)
 
-        self.results.clear()
+        self.results.clear()  # they hold memory
         self.benchmark.pedantic(lambda: timed(self.ours), setup=others, rounds=self.settings.rounds)
         if memory:
             self.measure_memory()
@@ -116,8 +126,13 @@ class Race:
         settings = self.settings
         builds = {label: each.build_for_memory or each.build for label, each in self._competitors.items()}
         peaks = peaks_of(builds, settings.device, settings.threads)
-        self.facts["extra_mib"] = {label: peak for label, peak in peaks.items() if peak is not None}
+        self.facts["extra_mib"] = {label: peak for label, peak in peaks.items() if isinstance(peak, float)}
+        self.facts["memory_unknown"] = {label: reason for label, reason in peaks.items() if isinstance(reason, str)}
 
     def _settle(self) -> None:
         if self.settings.on_gpu:
             torch.cuda.synchronize()
+
+
+def failure(error: Exception) -> str:
+    return f"fails here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -88,7 +88,8 @@ def case_table(result: Result) -> str:
 
 
 def absent_lines(result: Result) -> list[str]:
-    return [f"* Not measured here: {label}: {reason}." for label, reason in result.absent.items()]
+    lines = [f"* Not measured here: {label}: {reason}." for label, reason in result.absent.items()]
+    return lines + [f"* Memory of {label}: {reason}." for label, reason in result.memory_unknown.items()]
 
 
 def growth_tables(results: Sequence[Result]) -> str:
@@ -116,8 +117,7 @@ def tables(results: Sequence[Result], level: int = 3) -> str:
         for result in chosen:
             parts.append(f"{result.title}:")
             parts.append(case_table(result))
-            if result.absent:
-                parts.append("\n".join(absent_lines(result)))
+            parts += ["\n".join(absent_lines(result))] if absent_lines(result) else []
     sweeps = growth_tables(results)
     if sweeps:
         parts += [f"{marks} How cost grows", sweeps]

@@ -27,6 +27,8 @@ class Result:
     notes: Mapping[str, str]
     absent: Mapping[str, str]
     machine: Mapping[str, Any]
+    variant: str = ""  # what it is, if not the loss with gradient in bf16
+    memory_unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)  # why
     kv_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     baseline: str | None = None  # the base model alone, where there is one
     axis: str | None = None  # of a sweep: what is doubled

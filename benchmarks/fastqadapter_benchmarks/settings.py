@@ -8,6 +8,11 @@ import pytest
 import torch
 
 SMOLLM = "SmolLM2-135M-Instruct"
+OURS = "fastqadapter"  # how every label of ours begins, and no other
+
+
+def is_ours(label: str) -> bool:
+    return label.startswith(OURS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +110,6 @@ class Settings:
     def max_length(self) -> int:
         """Longest prompt + response in tokens."""
         return 512 if self.full else 128
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        return (torch.bfloat16, torch.float32) if self.full and not self.on_gpu else (torch.bfloat16,)
 
 
 SETTINGS = pytest.StashKey[Settings]()  # where pytest's configuration keeps them

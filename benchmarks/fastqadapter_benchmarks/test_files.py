@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 
 import fastqadapter as fqa
@@ -34,7 +35,8 @@ def test_collator(benchmark: Any, settings: Settings) -> None:
     """Rows that are tokenised -> tensors."""
     rows = pairs(settings, PAIRS)
     packed, padded = fqa.PreferenceCollator(None, None)(rows), steps.pad_rows(rows, 0)
-    assert packed.input_ids.numel() < padded.input_ids.numel()
+    responses = [token for row in rows for key in ("chosen_ids", "rejected_ids") for token in row[key]]
+    assert packed.actions.tolist() == responses, "the packed batch has other responses"
     collator = fqa.PreferenceCollator(None, None)
     title = f"collate {PAIRS} pairs: {packed.input_ids.numel()} tokens packed, {padded.input_ids.numel()} padded"
     race = Race(benchmark, settings, "files", title, pairs=PAIRS)
@@ -75,6 +77,11 @@ def test_save(benchmark: Any, settings: Settings, saved: dict[str, tuple[PeftMod
         return lambda: model.save_pretrained(folder)
 
     race.enter(Competitor(name, functools.partial(save, name)) for name in saved)
+    for name, (model, folder) in saved.items():
+        on_disk = load_file(folder / "adapter_model.safetensors")
+        expected = get_peft_model_state_dict(model)
+        assert on_disk.keys() == expected.keys(), f"{name}: other names on disk"
+        assert all(torch.equal(on_disk[key], expected[key].cpu()) for key in expected), f"{name}: other weights on disk"
     race.run()
 
 

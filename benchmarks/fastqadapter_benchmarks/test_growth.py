@@ -6,7 +6,6 @@ the business of the other suites.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,23 @@ import pytest
 import torch
 
 import fastqadapter as fqa
-from fastqadapter_benchmarks import test_decode as decode
-from fastqadapter_benchmarks import test_loss as loss
-from fastqadapter_benchmarks import test_step as step
+from fastqadapter_benchmarks import decoding, loss_cases
+from fastqadapter_benchmarks.peers import steps
 from fastqadapter_benchmarks.peers.lm_head import Problem
-from fastqadapter_benchmarks.race import Competitor, Race
+from fastqadapter_benchmarks.race import Race
 from fastqadapter_benchmarks.settings import SETTINGS, Settings
-from fastqadapter_benchmarks.workload import Row, micro_batches, random_ids
+from fastqadapter_benchmarks.workload import Row, micro_batches, random_ids, vocab_size
 
 pytestmark = pytest.mark.full
 LOSS_AXES = ("N", "D", "V")
 
 
-def equal_rows(model: str, prompt: int, response: int, pairs: int) -> list[Row]:
+def equal_rows(vocab: int, prompt: int, response: int, pairs: int) -> list[Row]:
     """Tokenised pairs of one length each."""
-    ids = random_ids(model, pairs, prompt + 2 * response).tolist()
+    ids = random_ids(vocab, pairs, prompt + 2 * response).tolist()
     ends = prompt, prompt + response
     keys = ("prompt_ids", "chosen_ids", "rejected_ids")
     return [dict(zip(keys, (row[: ends[0]], row[ends[0] : ends[1]], row[ends[1] :]), strict=True)) for row in ids]
-
-
-def equal_pairs(model: str, states: int, pairs: int = 4) -> fqa.PackedPairs:
-    """Pairs with `states` state rows together."""
-    return fqa.PreferenceCollator(None, None)(equal_rows(model, 3, (states // pairs + 1) // 2, pairs))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -57,34 +50,30 @@ def make_race(benchmark: Any, settings: Settings, axis: str, size: int, unit: st
 
 def test_loss(benchmark: Any, settings: Settings, axis: str, size: int, tmp_path: Path) -> None:
     shape = settings.growth_shape | {axis: size}
-    pairs = equal_pairs(settings.model, shape["N"])
-    problem = Problem.random(pairs, shape["D"], shape["V"]).to(torch.bfloat16, settings.device)
-    problem.save(tmp_path / "problem.safetensors")
+    rows = equal_rows(shape["V"], prompt=3, response=(shape["N"] // 4 + 1) // 2, pairs=4)
+    batch = fqa.PreferenceCollator(None, None)(rows)
+    problem = Problem.random(batch, shape["D"], shape["V"]).to(torch.bfloat16, settings.device)
     race = make_race(benchmark, settings, axis, size, "loss and gradient", **(shape | {"N": len(problem.hidden_q)}))
-    table = loss.competitors(settings, len(problem.batch))
-    ours = next(iter(table))
-    table = {label: table[label] for label in (ours, "published", loss.FLOOR)}
-    race.enter(
-        Competitor(label, functools.partial(loss.from_file, build, tmp_path / "problem.safetensors", settings.device))
-        for label, (build, _) in table.items()
-    )
-    loss.check(problem, table, race)
+    table = loss_cases.competitors(settings, len(batch))
+    chosen = next(iter(table)), "published", loss_cases.FLOOR
+    loss_cases.enter_checked(race, problem, {label: table[label] for label in chosen}, tmp_path)
     race.run(memory=True)
 
 
 def test_step(benchmark: Any, settings: Settings, axis: str, size: int) -> None:
-    """Not checked again here: `test_step.py` is."""
+    steps.check(settings, settings.model)
     prompt = size // 8  # the rest of a branch is its response
-    same = [equal_rows(settings.model, prompt, size - prompt, pairs=2)] * settings.rounds
+    same = [equal_rows(vocab_size(settings.model), prompt, size - prompt, pairs=2)] * settings.rounds
     batches = micro_batches(settings, size) if axis == "pairs" else same
     race = make_race(benchmark, settings, axis, size, "training step", **{axis: size})
-    race.enter(step.competitors(settings, settings.model, ("fastqadapter, shared", "published"), batches))
+    race.enter(steps.competitors(settings, settings.model, ("fastqadapter, shared", "published"), batches))
     race.run(memory=True)
 
 
 def test_decode(benchmark: Any, settings: Settings, axis: str, size: int) -> None:
+    decoding.check(settings, settings.model)
     race = make_race(benchmark, settings, axis, size, "token behind a prompt", prompt=size)
-    labels = ("fastqadapter, shared", decode.BASE, decode.TWO_PASSES)
-    ids = decode.prompt(settings, settings.model, 1, size)
-    entrants = decode.competitors(settings, settings.model, ids, settings.new_tokens)
-    decode.compete(race, [each for each in entrants if each.label in labels])
+    labels = ("fastqadapter, shared", decoding.BASE, decoding.TWO_PASSES)
+    ids = decoding.prompt(settings, settings.model, 1, size)
+    entrants = decoding.competitors(settings, settings.model, ids, settings.new_tokens)
+    decoding.compete(race, [each for each in entrants if each.label in labels])

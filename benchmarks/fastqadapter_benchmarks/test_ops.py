@@ -17,6 +17,7 @@ from fastqadapter import ops
 from fastqadapter.testing import assert_close_to_truth
 from fastqadapter_benchmarks.race import Competitor, Race
 from fastqadapter_benchmarks.settings import HEADS, SETTINGS, Settings
+from fastqadapter_benchmarks.workload import title_of, vocab_size
 
 pytestmark = pytest.mark.full
 ALPHAS = {"alpha_0": 0.9, "alpha_tilde": 0.7}
@@ -27,7 +28,7 @@ Op = Callable[..., Tensor]
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     settings = metafunc.config.stash[SETTINGS]
-    metafunc.parametrize("head", settings.heads)
+    metafunc.parametrize("head", settings.heads, ids=map(title_of, settings.heads))
     metafunc.parametrize("name", LOGIT_OPS)
 
 
@@ -64,7 +65,7 @@ def check(settings: Settings, op: Op, tensors: tuple[Tensor, ...]) -> None:
 
 
 def test_logit_op(benchmark: Any, settings: Settings, head: str, name: str) -> None:
-    vocab = HEADS[head].vocab
+    vocab = HEADS[head].vocab if head in HEADS else vocab_size(head)
     q, b = normal(settings, LOGIT_ROWS, vocab), normal(settings, LOGIT_ROWS, vocab).flip(0)
     check(settings, LOGIT_OPS[name], (q, b))
     copies = q.clone(), b.clone()

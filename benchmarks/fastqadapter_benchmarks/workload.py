@@ -130,10 +130,13 @@ def batch_of_states(settings: Settings, states: int) -> fqa.PackedPairs:
     return fqa.PreferenceCollator(None, None)(chosen)
 
 
-def random_ids(model: str, *shape: int) -> Tensor:
-    """Token ids from the middle of the vocabulary, where no special tokens are."""
+def vocab_size(model: str) -> int:
     config = CONFIGS.get(model) or AutoConfig.from_pretrained(folder_of(model)).get_text_config()
-    vocab = config.vocab_size
+    return config.vocab_size
+
+
+def random_ids(vocab: int, *shape: int) -> Tensor:
+    """Token ids from the middle of the vocabulary, where no special tokens are."""
     return torch.randint(vocab // 50, vocab * 4 // 5, shape, generator=torch.Generator().manual_seed(0))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 QUICK = ("step", "loss", "decode")
 FULL = (*QUICK, "files", "ops", "growth")
-NEEDED = ("pytest", "pytest_benchmark", "matplotlib", "fastqadapter_benchmarks")
+FULL_ALONE = ("ops", "growth")
+NEEDED = ("pytest", "pytest_benchmark", "matplotlib")
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +34,7 @@ def main(argv: list[str]) -> None:
     size.add_argument("--full", action="store_true", help="all shapes and sweeps, in about half an hour")
     parser.add_argument("--only", nargs="+", choices=FULL, help="these suites alone")
     parser.add_argument("--peers", nargs="+", default=[], help="only competitors with one of these words in their name")
-    parser.add_argument("--model", default="demo", help="folder or hub id (default: the demo's SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", default="demo", help="folder or hub id; default: the demo's SmolLM2")
     parser.add_argument("--data", default="demo", help="preference pairs, .jsonl (default: the demo's own)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--threads", type=_count(1), default=2, help="of a CPU (%(default)s)")
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
         raise ArgumentError(f"--compare takes one or two files, not {len(arguments.compare)}")
     if not arguments.max_slowdown > 0:
         raise ArgumentError(f"--max_slowdown {arguments.max_slowdown}: a ratio above 0 is needed")
-    _check_installed()
+    _check_choice(arguments)
 
     from fastqadapter_benchmarks.results import read_results
 
@@ -58,9 +60,18 @@ def main(argv: list[str]) -> None:
     if arguments.compare and len(arguments.compare) == 2:
         new = read_results(arguments.compare[1])
     else:
+        _check_installed()
         new = _run_and_report(arguments, " ".join(["fastqadapter bench", *map(shlex.quote, argv)]))
     if old is not None:
         _compare(old, new, arguments.max_slowdown)
+
+
+def _check_choice(arguments: argparse.Namespace) -> None:
+    for suite in arguments.only or ():
+        if suite in FULL_ALONE and not arguments.full:
+            raise ArgumentError(f"--only {suite}: this suite has nothing for a quick run; add --full")
+    if arguments.results and (arguments.only or arguments.peers):
+        raise ArgumentError("--results: a part of a run would replace the whole section; leave --only and --peers out")
 
 
 def _count(least: int) -> type:
@@ -85,10 +96,11 @@ def _run_and_report(arguments: argparse.Namespace, command: str) -> list[Result]
 
     output: Path = arguments.output_dir
     _check_inputs(arguments)
-    done, failed = _run_suites(arguments)
-    if not done:
-        raise ArgumentError(f"no suite could be run: {', '.join(failed)} failed; see above")
-    merged = results.merged([json.loads(path.read_text(encoding="utf-8")) for path in done])
+    files, failed = _run_suites(arguments)
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    if not any(report["benchmarks"] for report in reports):
+        raise ArgumentError(f"nothing could be measured: {', '.join(failed)} failed; see above")
+    merged = results.merged(reports)
     (output / "benchmark.json").write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
     found = results.results_of(merged)
     drawn = plots.draw_all(found, output / "plots")
@@ -99,11 +111,12 @@ def _run_and_report(arguments: argparse.Namespace, command: str) -> list[Result]
     (output / "summary.md").write_text(summary + "\n", encoding="utf-8")
     print(f"\n{report.machine_lines(found[0].machine)}\n\n{summary}\n")
     print(f"all tables: {output / 'report.md'}; plots: {output / 'plots'}; numbers: {output / 'benchmark.json'}")
+    if failed:
+        unwritten = f"; {arguments.results} was left alone" if arguments.results else ""
+        print(f"FAILED, and not or only partly in the tables: {', '.join(failed)}{unwritten}", file=sys.stderr)
+        raise SystemExit(1)
     if arguments.results:
         _write_results(arguments.results, found, command)
-    if failed:
-        print(f"FAILED, and not in the tables: {', '.join(failed)}", file=sys.stderr)
-        raise SystemExit(1)
     return found
 
 
@@ -113,7 +126,9 @@ def _write_results(path: Path, found: list[Result], command: str) -> None:
 
     device = str(found[0].machine["device"])
     folder = path.parent / "plots" / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    drawn = [str(plot.relative_to(path.parent)) for plot in plots.draw_all(found, folder)]
+    for plot in folder.glob("*.svg"):
+        plot.unlink()
+    drawn = [plot.relative_to(path.parent).as_posix() for plot in plots.draw_all(found, folder)]
     for plot in folder.glob("*.png"):
         plot.unlink()  # the SVG files are what the page shows
     sections = {f"measured: {device}": report.measured_section(found, command, drawn)}
@@ -133,41 +148,43 @@ def _check_inputs(arguments: argparse.Namespace) -> None:
     arguments.device = arguments.device or found
     if found == "cpu":
         print("no GPU here: the shapes of Llama-3-8B, Qwen2.5-7B and Gemma are skipped")
+    if arguments.model != "demo":
+        from transformers import AutoConfig
+
+        if "/" not in arguments.model and not Path(arguments.model).is_dir():
+            raise ArgumentError(f"--model {arguments.model}: no such folder")
+        AutoConfig.from_pretrained(arguments.model)  # or one line that says why not
     if arguments.data != "demo" and not Path(arguments.data).is_file():
         raise ArgumentError(f"--data {arguments.data}: no such file")
 
 
 def _run_suites(arguments: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    """The JSON files of the suites that ran, and the names of those that failed. Each runs in a process of its own."""
+    """The JSON files of the suites, and the names of those of which something failed. Each runs in its own process."""
     import fastqadapter_benchmarks
 
     package = Path(str(fastqadapter_benchmarks.__file__)).parent
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     suites = arguments.only or (FULL if arguments.full else QUICK)
     folder = (arguments.output_dir / "suites").resolve()
     options = _options(arguments)
     kept = _prepare(folder, options, arguments.resume)
-    done, failed = [], []
+    files, failed = [], []
     for number, suite in enumerate(suites, start=1):
-        path = folder / f"{suite}.json"
-        if suite in kept:
-            print(f"[{number}/{len(suites)}] {suite}: kept")
-            done.append(path)
-            continue
-        print(f"[{number}/{len(suites)}] {suite}", flush=True)
-        partial = path.with_suffix(".part")  # pytest-benchmark makes the file before it runs anything
-        command = [
-            *(sys.executable, "-m", "pytest", "-c", "pytest.ini", f"test_{suite}.py"),
-            *("-v", "--no-header", "--no-summary", "--benchmark-quiet", "--benchmark-json", str(partial), *options),
-        ]
-        code = subprocess.run(command, cwd=package, check=False).returncode
-        if code == 0:
-            partial.replace(path)
-            done.append(path)
-        elif code == 5 and not arguments.full:
-            print(f"{suite}: has cases for --full alone")
-        else:
-            failed.append(suite)
-    return done, failed
+        whole, part = folder / f"{suite}.json", folder / f"{suite}.part"
+        print(f"[{number}/{len(suites)}] {suite}{': kept' if suite in kept else ''}", flush=True)
+        if suite not in kept:
+            command = [
+                *(sys.executable, "-m", "pytest", "-v", "--no-header", "--no-summary", "--benchmark-quiet"),
+                *("-c", f"{package.name}/pytest.ini", f"{package.name}/test_{suite}.py"),
+                *("--benchmark-json", str(part), *options),
+            ]
+            code = subprocess.run(command, cwd=package.parent, env=environment, check=False).returncode
+            if code == 0:
+                part.replace(whole)
+            else:
+                failed.append(suite)
+        files += [path for path in (whole, part) if path.exists() and path.stat().st_size]
+    return files, failed
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:
@@ -185,18 +202,21 @@ def _options(arguments: argparse.Namespace) -> list[str]:
 
 
 def _prepare(folder: Path, options: list[str], resume: bool) -> set[str]:
-    """Make the folder; returns the suites of an interrupted run with the same options, if they are to be kept."""
+    """Make the folder; returns the suites that an interrupted run of the same code and options left, for `resume`."""
+    from fastqadapter_benchmarks.machine import versions
+
     folder.mkdir(parents=True, exist_ok=True)
-    noted = folder / "options.txt"
-    text = shlex.join(options)
-    if resume and noted.exists() and noted.read_text(encoding="utf-8") != text:
-        raise ArgumentError(f"--resume: {folder} has suites of other options ({noted.read_text(encoding='utf-8')})")
+    noted = folder / "run.txt"
+    text = "\n".join([shlex.join(options), *(f"{name} {version}" for name, version in versions().items())])
+    before = noted.read_text(encoding="utf-8") if noted.exists() else None
+    if resume and before not in (None, text):
+        raise ArgumentError(f"--resume: {folder} has suites of another run: other options or versions, see {noted}")
+    keep = {path.stem for path in folder.glob("*.json")} if resume and before == text else set()
+    for path in folder.iterdir():
+        if path.stem not in keep:
+            path.unlink()
     noted.write_text(text, encoding="utf-8")
-    if resume:
-        return {path.stem for path in folder.glob("*.json")}
-    for path in folder.glob("*.json"):
-        path.unlink()
-    return set()
+    return keep
 
 
 def _compare(old: list[Result], new: list[Result], limit: float) -> None:
@@ -204,6 +224,8 @@ def _compare(old: list[Result], new: list[Result], limit: float) -> None:
 
     changes = compare.compare(old, new)
     print(f"\n{compare.report(changes, limit)}\n")
+    for title in compare.not_compared(old, new):
+        print(f"not compared, the new run has it not: {title}")
     slower = [change for change in changes if change.slowdown > limit]
     if slower:
         print(f"{len(slower)} of {len(changes)} times became more than {limit:g} times slower", file=sys.stderr)

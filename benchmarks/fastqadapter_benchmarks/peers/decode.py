@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -31,28 +31,24 @@ def combine(base_logits: Tensor, adapted_logits: Tensor, alpha_0: float, alpha_t
 
 
 class TwoPasses(LogitsProcessor):
-    """Runs the adapter's pass on what is new and returns the combination; `generate` is the base's, with this in it."""
+    """`generate` is the base's, with a processor in it that runs the adapter's pass on what is new and combines."""
 
-    def __init__(self, model: PeftModel, alpha_0: float = 1.0, alpha_tilde: float = 1.0):
-        self.model = model
+    def __init__(self, adapted: PeftModel, base: PreTrainedModel, alpha_0: float = 1.0, alpha_tilde: float = 1.0):
+        """`base`: the model without adapter; it may share its weights with `adapted`."""
+        self.adapted, self.base = adapted, base
         self.alphas = alpha_0, alpha_tilde
-        self.kv_cache = DynamicCache(config=model.get_base_model().config)
+        self.kv_cache = DynamicCache(config=base.config)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         new = input_ids[:, self.kv_cache.get_seq_length() :]
-        self.model.base_model.enable_adapter_layers()
-        output = self.model(input_ids=new, logits_to_keep=1, **{CACHE_NAME: self.kv_cache})
-        self.model.base_model.disable_adapter_layers()
+        output = self.adapted(input_ids=new, logits_to_keep=1, **{CACHE_NAME: self.kv_cache})
         return combine(scores, output.logits[:, -1], *self.alphas)
 
     def generate(self, *args: Any, logits_processor: Sequence[LogitsProcessor] = (), **kwargs: Any) -> Any:
-        """Once: the adapter's KV cache is this object's. The second pass comes before all other processors."""
-        self.model.base_model.disable_adapter_layers()
-        try:
-            processors = LogitsProcessorList([self, *logits_processor])
-            return self.model.get_base_model().generate(*args, logits_processor=processors, **kwargs)
-        finally:
-            self.model.base_model.enable_adapter_layers()
+        """Every call starts anew. The second pass comes before all other processors."""
+        self.kv_cache = DynamicCache(config=self.base.config)
+        processors = LogitsProcessorList([self, *logits_processor])
+        return self.base.generate(*args, logits_processor=processors, **kwargs)
 
 
 class MixedBatch:

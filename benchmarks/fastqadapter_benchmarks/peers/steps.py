@@ -7,10 +7,12 @@ loss on the same pairs, with the base as the reference model.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -23,10 +25,11 @@ import fastqadapter as fqa
 from fastqadapter.config import KVMode, Preset
 from fastqadapter.ops.backends import ENVIRONMENT_VARIABLE
 from fastqadapter_benchmarks.peers import two_pass
+from fastqadapter_benchmarks.race import Competitor
 from fastqadapter_benchmarks.settings import Settings
-from fastqadapter_benchmarks.workload import Row, load_base, lora, tokenizer
+from fastqadapter_benchmarks.workload import Row, load_base, lora, pairs, tokenizer
 
-OBJECTIVE: dict[str, Any] = {"alpha_0": 1.0, "alpha_tilde": 1.0, "gamma": 1.0, "beta": 0.1}
+OBJECTIVE: dict[str, Any] = {"alpha_0": 0.9, "alpha_tilde": 0.7, "gamma": 1.0, "beta": 0.1}
 Step = Callable[[list[Row]], Callable[[], Any]]  # collates a micro-batch; what it returns is timed
 
 
@@ -60,8 +63,9 @@ class Method:
         return lambda: model(packed).loss
 
 
-PUBLISHED = Method(None, "reference", ("q_proj", "v_proj"))
-SEPARATE = Method("separate", "reference", ("q_proj", "v_proj"))
+PUBLISHED_TARGETS = ("q_proj", "v_proj")
+PUBLISHED = Method(None, "reference", PUBLISHED_TARGETS)
+SEPARATE = Method("separate", "reference", PUBLISHED_TARGETS)
 METHODS = {
     "fastqadapter, shared": Method("shared"),
     "fastqadapter, prompt": Method("prompt"),
@@ -76,6 +80,13 @@ MORE_METHODS = {
     "fastqadapter, shared, eager backend": Method("shared", backend="eager"),
 }
 DPO = "TRL DPOTrainer"
+NOTES = {
+    "fastqadapter, shared": "LoRA on q, o, MLP",
+    "fastqadapter, prompt": "LoRA on all linear layers",
+    "fastqadapter, separate (the published function)": "LoRA on q, v",
+    "published": "LoRA on q, v",
+    DPO: "another loss; LoRA on q, v",
+}
 
 
 def pad_rows(rows: list[Row], pad_id: int) -> two_pass.PaddedPairs:
@@ -127,13 +138,14 @@ def _dpo_stepper(settings: Settings, model_name: str, base: PreTrainedModel) -> 
             args=arguments,
             train_dataset=Dataset.from_list([row] * 2),
             processing_class=tokenizer(model_name),
-            peft_config=lora(),
+            peft_config=lora(target_modules=list(PUBLISHED_TARGETS)),
         )
     trainer.current_gradient_accumulation_steps = 1  # set by train(), which does more than a step
 
     def collate(rows: list[Row]) -> Callable[[], Any]:
         keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-        batch = trainer.data_collator([{key: row[key] for key in keys} for row in rows])
+        collated = trainer.data_collator([{key: row[key] for key in keys} for row in rows])
+        batch = {name: tensor.to(settings.device) for name, tensor in collated.items()}
 
         def run() -> Tensor:
             loss = trainer.training_step(trainer.model, dict(batch))
@@ -143,6 +155,35 @@ def _dpo_stepper(settings: Settings, model_name: str, base: PreTrainedModel) -> 
         return run
 
     return collate
+
+
+# Competitors
+
+
+def in_turn(settings: Settings, model: str, label: str, batches: list[list[Row]]) -> Callable[[], Any]:
+    """A call that takes the next micro-batch each time; the first, uncounted, is the warm-up."""
+    step = stepper(settings, model, label)
+    calls = itertools.cycle([step(rows) for rows in batches])
+    first = next(calls)
+    waiting = itertools.chain([first, first], calls)
+    return lambda: next(waiting)()
+
+
+def after_warm_up(settings: Settings, model: str, label: str, rows: list[Row]) -> Callable[[], Any]:
+    """A call that runs a step on next to nothing the first time, and on the micro-batch from then on."""
+    step = stepper(settings, model, label)
+    tiny, whole = step([{"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]}]), step(rows)
+    waiting = itertools.chain([tiny], itertools.repeat(whole))
+    return lambda: next(waiting)()
+
+
+def competitors(
+    settings: Settings, model: str, labels: Sequence[str], batches: list[list[Row]]
+) -> Iterator[Competitor]:
+    for label in labels:
+        arguments = settings, model, label
+        build = functools.partial(in_turn, *arguments, batches)
+        yield Competitor(label, build, NOTES.get(label, ""), functools.partial(after_warm_up, *arguments, batches[0]))
 
 
 # Checks
@@ -164,10 +205,23 @@ def randomize_adapter(model: PeftModel) -> None:
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
+@functools.cache
+def check(settings: Settings, model_name: str, pairs_checked: int = 2) -> None:
+    """On one micro-batch, in float32 and bf16.
+
+    Raises:
+        AssertionError: something does not compute what it claims.
+    """
+    rows = pairs(settings, pairs_checked, model_name)
+    found = [*disagreements(settings, model_name, rows, torch.bfloat16)]
+    assert not found, "; ".join(found)
+
+
 def disagreements(settings: Settings, model_name: str, rows: list[Row], dtype: torch.dtype) -> Iterator[str]:
     """What does not compute what it claims, on one micro-batch: nothing is timed while there is any."""
     yield from _separate_is_published(settings, model_name, rows, dtype)
     yield from _untrained_is_the_base(settings, model_name, rows, dtype)
+    yield from _fast_is_eager(settings, model_name, rows)
 
 
 def _separate_is_published(settings: Settings, model_name: str, rows: list[Row], dtype: torch.dtype) -> Iterator[str]:
@@ -198,14 +252,31 @@ def _separate_is_published(settings: Settings, model_name: str, rows: list[Row],
 
 
 def _untrained_is_the_base(settings: Settings, model_name: str, rows: list[Row], dtype: torch.dtype) -> Iterator[str]:
-    """An untrained adapter with a `difference` head has rewards 0 and loss log 2, to 1e-5 in fp32 and to one rounding
-    in bf16: the two streams multiply different numbers of rows, and round differently."""
+    """With both alphas 1 an untrained adapter with a `difference` head has rewards 0 and loss log 2, to 1e-5 in fp32
+    and to one rounding in bf16: the two streams multiply different numbers of rows, and round differently."""
     for label, method in METHODS.items():
         if method.preset != "default":
             continue
         for each, allowed in {torch.float32: 1e-5, dtype: max(1e-5, torch.finfo(dtype).eps)}.items():
-            with torch.no_grad():
+            with torch.no_grad(), mock.patch.dict(OBJECTIVE, alpha_0=1.0, alpha_tilde=1.0):
                 model = method.load(load_base(model_name, settings.device, each))
                 loss = method.loss_of(model, rows, pad_id_of(model_name))().item()
             if not abs(loss / math.log(2) - 1) <= allowed:
                 yield f"{label}: the loss of an untrained adapter is {loss} in {each}, not log 2"
+
+
+def _fast_is_eager(settings: Settings, model_name: str, rows: list[Row]) -> Iterator[str]:
+    """A trained adapter has the loss (1e-5) and gradient (1e-3) of the eager backend, in fp32, on every other."""
+    for label, method in (METHODS | MORE_METHODS).items():
+        if method.preset != "default" or method.kv_mode is None or method.backend == "eager":
+            continue
+        model = method.load(load_base(model_name, settings.device, torch.float32))
+        randomize_adapter(model)
+        found = []
+        for backend in (method.backend or "auto", "eager"):
+            with mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: backend}):
+                found.append(loss_and_gradient(method, model, rows, pad_id_of(model_name)))
+        (loss, gradient), (true_loss, true_gradient) = found
+        errors = abs(loss / true_loss - 1), float((gradient - true_gradient).norm() / true_gradient.norm())
+        if not (errors[0] <= 1e-5 and errors[1] <= 1e-3):
+            yield f"{label}: loss and gradient are off the eager backend by {errors}"
