@@ -30,8 +30,8 @@ def main(argv: list[str]) -> None:
         description="Measure training step, loss and generation against other ways to do the same, on this machine.",
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="the small shapes, in three minutes (the default)")
-    size.add_argument("--full", action="store_true", help="all shapes and sweeps, in about half an hour")
+    size.add_argument("--quick", action="store_true", help="the small shapes, in three minutes (this is the default)")
+    size.add_argument("--full", action="store_true", help="all shapes and sweeps, in 40 minutes")
     parser.add_argument("--only", nargs="+", choices=FULL, help="these suites alone")
     parser.add_argument("--peers", nargs="+", default=[], help="only competitors with one of these words in their name")
     parser.add_argument("--model", default="demo", help="folder or hub id; default: the demo's SmolLM2")
@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
         new = read_results(arguments.compare[1])
     else:
         _check_installed()
-        new = _run_and_report(arguments, " ".join(["fastqadapter bench", *map(shlex.quote, argv)]))
+        kept = (shlex.quote(each) for each in argv if each != "--resume")
+        new = _run_and_report(arguments, " ".join(["fastqadapter bench", *kept]))
     if old is not None:
         _compare(old, new, arguments.max_slowdown)
 
