@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fastqadapter_benchmarks.peers.decode import MixedBatch, TwoPasses
@@ -9,10 +10,11 @@ from generation_cases import NUMBERS, PROMPT, generated, ids_of, trained_twins
 from tiny import PAD
 
 
-def test_two_passes_within_generate() -> None:
+@pytest.mark.parametrize("two_models", [False, True], ids=["switched", "two models"])
+def test_two_passes_within_generate(two_models: bool) -> None:
     twins = trained_twins("llama", "separate")
     expected = generated(twins.model, PROMPT, max_new_tokens=12)
-    passes = TwoPasses(twins.adapted, twins.base, **NUMBERS)
+    passes = TwoPasses(twins.adapted, **NUMBERS, base=twins.base if two_models else None)
     found = passes.generate(**ids_of(PROMPT), max_new_tokens=12, do_sample=False, pad_token_id=PAD)
     assert found[:, len(PROMPT) :].tolist() == expected
 

@@ -22,7 +22,8 @@ from fastqadapter_benchmarks.settings import Settings
 from fastqadapter_benchmarks.workload import load_base, lora, random_ids, vocab_size
 
 MODES: tuple[KVMode, ...] = ("shared", "prompt", "separate")
-BASE, TWO_PASSES, MIXED = "base model alone", "published two passes (PEFT)", "PEFT mixed batch"
+BASE, MIXED = "base model alone", "PEFT mixed batch"
+TWO_PASSES, TWO_MODELS = "published two passes (PEFT)", "two passes of two models (PEFT)"
 # With both at 1 the policy is the adapted model's own, and a check would not see whether the base is in it.
 ALPHAS: dict[str, Any] = {"alpha_0": 0.9, "alpha_tilde": 0.7}
 CHECKED_STEPS = 3
@@ -95,8 +96,9 @@ def peft_model(settings: Settings, model: str) -> PeftModel:
     return draw_adapters(get_peft_model(base_model(settings, model), lora(target_modules=list(targets))))
 
 
-def passes(settings: Settings, model: str) -> TwoPasses:
-    return TwoPasses(peft_model(settings, model), base_model(settings, model), **ALPHAS)
+def passes(settings: Settings, model: str, two_models: bool = False) -> TwoPasses:
+    base = base_model(settings, model) if two_models else None
+    return TwoPasses(peft_model(settings, model), **ALPHAS, base=base)
 
 
 # Competitors: each is a call that decodes `tokens` tokens behind the ids
@@ -129,11 +131,11 @@ def generates(model: Any, ids: Tensor, tokens: int, **options: Any) -> Callable[
     return run
 
 
-def _two_passes(settings: Settings, model: str, ids: Tensor, tokens: int) -> Callable[[], Decoded]:
-    base, adapted = base_model(settings, model), peft_model(settings, model)
+def _two_passes(settings: Settings, model: str, ids: Tensor, tokens: int, two_models: bool) -> Callable[[], Decoded]:
+    both = passes(settings, model, two_models)
 
     def run() -> Decoded:
-        clock, both = Clock(), TwoPasses(adapted, base, **ALPHAS)
+        clock = Clock()
         return clock.decoded(kv_bytes(greedy(both, ids, tokens, clock)[CACHE_NAME], both.kv_cache))
 
     return run
@@ -167,7 +169,8 @@ def competitors(settings: Settings, model: str, ids: Tensor, tokens: int) -> lis
     return [
         *(Competitor(f"fastqadapter, {mode}", functools.partial(_ours, *arguments, mode)) for mode in MODES),
         base_competitor(*arguments),
-        Competitor(TWO_PASSES, functools.partial(_two_passes, *arguments)),
+        Competitor(TWO_PASSES, functools.partial(_two_passes, *arguments, False), "the adapter switched off and on"),
+        Competitor(TWO_MODELS, functools.partial(_two_passes, *arguments, True), "on the same weights"),
         Competitor(MIXED, functools.partial(_mixed_batch, *arguments), "a bare loop"),
     ]
 

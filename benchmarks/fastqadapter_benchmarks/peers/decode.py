@@ -31,24 +31,43 @@ def combine(base_logits: Tensor, adapted_logits: Tensor, alpha_0: float, alpha_t
 
 
 class TwoPasses(LogitsProcessor):
-    """`generate` is the base's, with a processor in it that runs the adapter's pass on what is new and combines."""
+    """`generate` is the base's, with a processor in it that runs the adapter's pass on what is new and combines.
 
-    def __init__(self, adapted: PeftModel, base: PreTrainedModel, alpha_0: float = 1.0, alpha_tilde: float = 1.0):
-        """`base`: the model without adapter; it may share its weights with `adapted`."""
-        self.adapted, self.base = adapted, base
+    One model, whose adapter is switched off and on for each pass, as in the published code. With `base`, a second model
+    on the same weights makes the base pass, and nothing is switched.
+    """
+
+    def __init__(
+        self, adapted: PeftModel, alpha_0: float = 1.0, alpha_tilde: float = 1.0, base: PreTrainedModel | None = None
+    ):
+        self.adapted = adapted
+        self.switches = base is None
+        self.base = adapted.get_base_model() if base is None else base
         self.alphas = alpha_0, alpha_tilde
-        self.kv_cache = DynamicCache(config=base.config)
+        self.kv_cache = DynamicCache(config=self.base.config)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         new = input_ids[:, self.kv_cache.get_seq_length() :]
+        self._switch(on=True)
         output = self.adapted(input_ids=new, logits_to_keep=1, **{CACHE_NAME: self.kv_cache})
+        self._switch(on=False)
         return combine(scores, output.logits[:, -1], *self.alphas)
 
     def generate(self, *args: Any, logits_processor: Sequence[LogitsProcessor] = (), **kwargs: Any) -> Any:
         """Every call starts anew. The second pass comes before all other processors."""
         self.kv_cache = DynamicCache(config=self.base.config)
-        processors = LogitsProcessorList([self, *logits_processor])
-        return self.base.generate(*args, logits_processor=processors, **kwargs)
+        self._switch(on=False)
+        try:
+            processors = LogitsProcessorList([self, *logits_processor])
+            return self.base.generate(*args, logits_processor=processors, **kwargs)
+        finally:
+            self._switch(on=True)
+
+    def _switch(self, *, on: bool) -> None:
+        if self.switches and on:
+            self.adapted.base_model.enable_adapter_layers()
+        elif self.switches:
+            self.adapted.base_model.disable_adapter_layers()
 
 
 class MixedBatch:
