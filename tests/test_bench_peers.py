@@ -21,7 +21,7 @@ from fastqadapter_benchmarks.peers.lm_head import Problem
 from fastqadapter_benchmarks.race import Competitor, Race, Unavailable
 from fastqadapter_benchmarks.settings import Settings
 from fastqadapter_benchmarks.workload import pairs
-from words import save_base, word_rows
+from words import save_workplace
 
 SIZE, VOCAB = 6, 70
 Peer = Callable[[Problem], Callable[[], Any]]
@@ -169,10 +169,7 @@ def test_ours_must_run() -> None:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A tiny model and pairs in its words, as a user's lie on disk."""
-    folder = tmp_path_factory.mktemp("bench")
-    save_base(folder / "base")
-    lines = [json.dumps(row) for row in word_rows(12)]
-    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    folder = save_workplace(tmp_path_factory.mktemp("bench"), 12)
     return Settings(model=str(folder / "base"), data=str(folder / "pairs.jsonl"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastqadapter_benchmarks.results import read_results
-from words import save_base, word_rows
+from words import save_workplace
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (extra bench)")
 ROOT = Path(__file__).parents[1]
@@ -19,11 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bench")
-    save_base(folder / "base")
-    lines = [json.dumps(row) for row in word_rows(60)]
-    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+    return save_workplace(tmp_path_factory.mktemp("bench"), 60)
 
 
 def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def word_rows(count: int, seed: int = 0) -> list[dict]:
         }
         for _ in range(count)
     ]
+
+
+def save_workplace(folder: Path, rows: int) -> Path:
+    """A tiny model in `base` and preference rows in `pairs.jsonl`; returns the folder."""
+    save_base(folder / "base")
+    lines = [json.dumps(row) for row in word_rows(rows)]
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 def save_base(folder: Path) -> str:
