@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from fastqadapter.commands.bench import write_results
 from fastqadapter_benchmarks.results import read_results
 from words import save_workplace
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (extra bench)")
 ROOT = Path(__file__).parents[1]
+OPTIONS = "--peers", "eager", "published", "base model", "--output_dir", "out"
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,7 @@ def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def first(workplace: Path) -> subprocess.CompletedProcess[str]:
     """Every suite of a quick run, against two peers."""
-    return bench(
-        workplace, "--peers", "eager", "published", "base model", "--output_dir", "out", "--results", "RESULTS.md"
-    )
+    return bench(workplace, *OPTIONS)
 
 
 def test_run_writes_all_it_promises(workplace: Path, first: subprocess.CompletedProcess[str]) -> None:
@@ -48,19 +48,25 @@ def test_run_writes_all_it_promises(workplace: Path, first: subprocess.Completed
     loss = next(result for result in found if result.suite == "loss")
     assert set(loss.labels) >= {"eager", "published"} and loss.errors[loss.ours] < loss.errors["published"] + 0.01
     assert (workplace / "out" / "summary.md").read_text().strip() in first.stdout
-    text = (workplace / "RESULTS.md").read_text()
-    assert "## Measured on a CPU" in text and "plots/" in text
-    for line in text.splitlines():
-        if line.startswith("!["):
-            assert (workplace / line.split("(")[1].rstrip(")")).is_file()
     assert all((workplace / "out" / "plots" / f"{name}.png").is_file() for name in ("training_step", "time_per_token"))
+
+
+def test_results_file_has_the_section_and_its_plots(
+    workplace: Path, first: subprocess.CompletedProcess[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert first.returncode == 0
+    monkeypatch.chdir(workplace)
+    write_results(Path("RESULTS.md"), read_results(Path("out/benchmark.json")), "fastqadapter bench --quick")
+    text = Path("RESULTS.md").read_text()
+    assert "## Measured on a CPU" in text and "fastqadapter bench --quick" in text
+    shown = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert shown and all(Path(plot).is_file() for plot in shown)
 
 
 def test_resume_runs_only_what_is_missing(workplace: Path, first: subprocess.CompletedProcess[str]) -> None:
     assert first.returncode == 0
-    options = "--peers", "eager", "published", "base model", "--output_dir", "out"
     (workplace / "out" / "suites" / "loss.json").unlink()
-    again = bench(workplace, *options, "--resume")
+    again = bench(workplace, *OPTIONS, "--resume")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "step: kept" in again.stdout and "decode: kept" in again.stdout and "test_loss.py" in again.stdout
     other = bench(workplace, "--output_dir", "out", "--resume")
@@ -73,6 +79,6 @@ def test_a_suite_that_fails_is_named_and_the_others_are_kept(workplace: Path) ->
     (workplace / "few.jsonl").write_text("\n".join(lines) + "\n")
     options = "--data", "few.jsonl", "--only", "step", "loss", "--peers", "eager", "--output_dir", "few"
     done = bench(workplace, *options)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stdout + done.stderr
     assert "FAILED, and not or only partly in the tables: step" in done.stderr
     assert {result.suite for result in read_results(workplace / "few" / "benchmark.json")} == {"loss"}

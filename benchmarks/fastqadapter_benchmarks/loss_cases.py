@@ -123,12 +123,17 @@ def off_by(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-def enter_checked(race: Race, problem: Problem, table: dict[str, tuple[Build, str]], folder: Path) -> None:
-    """Let all of the table enter, each able to run in a process of its own, and check them."""
-    path = folder / "problem.safetensors"
+def run_checked(race: Race, problem: Problem, table: dict[str, tuple[Build, str]], folder: Path) -> None:
+    """Let all of the table enter, each able to run in a process of its own, check them, and time them."""
+    path = folder / "problem.safetensors"  # up to a gigabyte
     problem.save(path)
     where = path, race.settings.device, problem.gradient
-    race.enter(
-        Competitor(label, functools.partial(from_file, build, *where), note) for label, (build, note) in table.items()
-    )
-    check(problem, table, race)
+    try:
+        race.enter(
+            Competitor(label, functools.partial(from_file, build, *where), note)
+            for label, (build, note) in table.items()
+        )
+        check(problem, table, race)
+        race.run(memory=True)
+    finally:
+        path.unlink()

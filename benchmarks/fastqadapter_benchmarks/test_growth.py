@@ -56,8 +56,7 @@ def test_loss(benchmark: Any, settings: Settings, axis: str, size: int, tmp_path
     race = make_race(benchmark, settings, axis, size, "loss and gradient", **(shape | {"N": len(problem.hidden_q)}))
     table = loss_cases.competitors(settings, len(batch))
     chosen = next(iter(table)), "published", loss_cases.FLOOR
-    loss_cases.enter_checked(race, problem, {label: table[label] for label in chosen}, tmp_path)
-    race.run(memory=True)
+    loss_cases.run_checked(race, problem, {label: table[label] for label in chosen}, tmp_path)
 
 
 def test_step(benchmark: Any, settings: Settings, axis: str, size: int) -> None:

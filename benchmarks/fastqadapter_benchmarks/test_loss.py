@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastqadapter_benchmarks.loss_cases import competitors, enter_checked, make_problem
+from fastqadapter_benchmarks.loss_cases import competitors, make_problem, run_checked
 from fastqadapter_benchmarks.race import Race
 from fastqadapter_benchmarks.settings import SETTINGS, Settings, name_of
 from fastqadapter_benchmarks.workload import title_of
@@ -44,5 +44,4 @@ def test_loss(
     race = Race(benchmark, settings, "loss", title, N=states, D=size, V=vocab)
     if not gradient or dtype != torch.bfloat16:
         race.facts["variant"] = f"{name_of(dtype)}, {'gradient' if gradient else 'values'}"
-    enter_checked(race, problem, table, tmp_path)
-    race.run(memory=True)
+    run_checked(race, problem, table, tmp_path)

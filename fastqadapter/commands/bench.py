@@ -117,11 +117,11 @@ def _run_and_report(arguments: argparse.Namespace, command: str) -> list[Result]
         print(f"FAILED, and not or only partly in the tables: {', '.join(failed)}{unwritten}", file=sys.stderr)
         raise SystemExit(1)
     if arguments.results:
-        _write_results(arguments.results, found, command)
+        write_results(arguments.results, found, command)
     return found
 
 
-def _write_results(path: Path, found: list[Result], command: str) -> None:
+def write_results(path: Path, found: list[Result], command: str) -> None:
     """This machine's section, with its plots in a folder beside the file."""
     from fastqadapter_benchmarks import plots, report
 
