@@ -164,7 +164,7 @@ def _run_suites(arguments: argparse.Namespace) -> tuple[list[Path], list[str]]:
     import fastqadapter_benchmarks
 
     package = Path(str(fastqadapter_benchmarks.__file__)).parent
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     suites = arguments.only or (FULL if arguments.full else QUICK)
     folder = (arguments.output_dir / "suites").resolve()
     options = _options(arguments)
