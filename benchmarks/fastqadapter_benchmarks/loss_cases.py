@@ -92,6 +92,7 @@ def check(problem: Problem, table: dict[str, tuple[Build, str]], race: Race) -> 
     share = len(few.batch) / len(problem.batch) if problem.gradient else 1.0
     what = "gradient" if problem.gradient else "values"
     device = race.settings.device
+    in_float32 = few.to(torch.float32, device)
     _, truth = lm_head.backend(few.to(torch.float64, device), "eager")()
     _, eager = lm_head.backend(few, "eager")()
     for label in list(race.calls):
@@ -104,7 +105,7 @@ def check(problem: Problem, table: dict[str, tuple[Build, str]], race: Race) -> 
         if label == race.ours:
             assert_close_to_truth(found, eager, truth, name=what, dtype=problem.weight.dtype)
         elif note != APPROXIMATE:
-            error, allowed = _error_in_float32(build, few.to(torch.float32, device), truth)
+            error, allowed = _error_in_float32(build, in_float32, truth)
             if math.isnan(error):
                 error, allowed = off_by(found, truth), ALLOWED_IN_16_BITS
             if not error < allowed:

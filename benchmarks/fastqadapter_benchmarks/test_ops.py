@@ -32,9 +32,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("name", LOGIT_OPS)
 
 
-def normal(settings: Settings, *shape: int, scale: float = 1.0) -> Tensor:
+def normal(settings: Settings, *shape: int) -> Tensor:
     generator = torch.Generator(settings.device).manual_seed(0)
-    return (scale * torch.randn(*shape, generator=generator, device=settings.device)).to(torch.bfloat16)
+    return torch.randn(*shape, generator=generator, device=settings.device).to(torch.bfloat16)
 
 
 def calls(settings: Settings, op: Op, tensors: tuple[Tensor, ...]) -> list[Competitor]:

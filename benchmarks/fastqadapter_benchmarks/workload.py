@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import fastqadapter as fqa
-from fastqadapter.data import read_rows, tokenize_row
+from fastqadapter.data import read_rows, tokenize_rows
 from fastqadapter.demo.smollm import demo_model_folder
 from fastqadapter.loss import LMHead
 from fastqadapter.models.base import lm_head_of
@@ -96,8 +96,7 @@ def raw_rows(data: str) -> list[Row]:
 
 @functools.cache
 def _tokenized(model: str, data: str, max_length: int) -> list[Row]:
-    tokenized = (tokenize_row(row, tokenizer(model), max_length=max_length) for row in raw_rows(data))
-    return [row for row in tokenized if row is not None]
+    return list(tokenize_rows(raw_rows(data), tokenizer(model), max_length=max_length, progress=False))
 
 
 def pairs(settings: Settings, count: int | None = None, model: str | None = None) -> list[Row]:
