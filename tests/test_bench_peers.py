@@ -48,14 +48,14 @@ def test_peer_computes_the_same(name: str, gradient: bool) -> None:
     if name == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this torch has no chunked linear_cross_entropy")
     case = problem(gradient=gradient)
-    for found, expected in zip(build(case)(), lm_head.backend(case, "eager")(), strict=True):
+    for found, expected in zip(build(case)()[:2], lm_head.backend(case, "eager")()[:2], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "values"])
 def test_published_way_knows_the_soft_cap(gradient: bool) -> None:
     case = problem(softcap=2.0, gradient=gradient)
-    for found, expected in zip(lm_head.published(case)(), lm_head.backend(case, "eager")(), strict=True):
+    for found, expected in zip(lm_head.published(case)()[:2], lm_head.backend(case, "eager")()[:2], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(Unavailable, match="soft-cap"):
         lm_head.torch_twice(case)
@@ -72,8 +72,8 @@ def test_floor_is_as_many_products_as_it_says(gradient: bool, count: int) -> Non
 def test_first_pairs_have_their_share_of_the_gradient() -> None:
     """What the check of the whole, timed gradient rests on."""
     whole, few = problem(), problem().first(2)
-    _, gradient = lm_head.backend(whole, "eager")()
-    _, expected = lm_head.backend(few, "eager")()
+    gradient = lm_head.backend(whole, "eager")().found
+    expected = lm_head.backend(few, "eager")().found
     torch.testing.assert_close(gradient[: len(expected)] * len(whole.batch) / len(few.batch), expected)
 
 
@@ -83,7 +83,7 @@ def test_problem_survives_its_file(tmp_path: Path, softcap: float | None) -> Non
     case.save(tmp_path / "problem.safetensors")
     back = Problem.load(tmp_path / "problem.safetensors")
     assert back.batch.lengths == case.batch.lengths and back.softcap == softcap
-    for found, expected in zip(lm_head.backend(back, "eager")(), lm_head.backend(case, "eager")(), strict=True):
+    for found, expected in zip(lm_head.backend(back, "eager")()[:2], lm_head.backend(case, "eager")()[:2], strict=True):
         assert torch.equal(found, expected)
 
 
@@ -107,8 +107,8 @@ def entered(case: Problem, table: dict[str, tuple[Peer, str]]) -> Race:
 
 def wrong(case: Problem) -> Callable[[], Any]:
     """One and a tenth of the gradient."""
-    right = lm_head.published(case)
-    return lambda: (right()[0], 1.1 * right()[1])
+    result = lm_head.published(case)()
+    return lambda: result._replace(found=1.1 * result.found)
 
 
 def test_who_computes_something_else_is_not_timed() -> None:

@@ -89,11 +89,13 @@ def test_exponent_of_one_point_is_unknown() -> None:
 
 
 def test_table_of_a_case_has_every_figure() -> None:
-    [result] = loaded(facts())
+    [result] = loaded(facts(backward_seconds={"fastqadapter": [0.02] * 5}))
     lines = report.case_table(result).splitlines()
-    assert lines[0] == "| method | median | quartiles | times ours | times floor | extra MiB | off by | note |"
+    assert (
+        lines[0] == "| method | median | quartiles | times ours | times floor | backward | extra MiB | off by | note |"
+    )
     assert lines[2].startswith("| gemms | 50 ms |") and lines[2].endswith("| floor |")
-    assert lines[3] == "| **fastqadapter** | 100 ms | 100 ms to 100 ms | 1.00 | 2.00 | 1 | 1.0e-03 |  |"
+    assert lines[3] == "| **fastqadapter** | 100 ms | 100 ms to 100 ms | 1.00 | 2.00 | 20 ms | 1 | 1.0e-03 |  |"
     assert "| peer | 300 ms |" in lines[4] and "another loss" in lines[4]
 
 

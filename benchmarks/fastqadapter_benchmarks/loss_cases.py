@@ -93,14 +93,13 @@ def check(problem: Problem, table: dict[str, tuple[Build, str]], race: Race) -> 
     what = "gradient" if problem.gradient else "values"
     device = race.settings.device
     in_float32 = few.to(torch.float32, device)
-    _, truth = lm_head.backend(few.to(torch.float64, device), "eager")()
-    _, eager = lm_head.backend(few, "eager")()
+    truth = lm_head.backend(few.to(torch.float64, device), "eager")().found
+    eager = lm_head.backend(few, "eager")().found
     for label in list(race.calls):
         build, note = table[label]
         if OTHER_LOSS in note or label == FLOOR:
             continue
-        _, whole = race.results[label]
-        found = whole[: len(truth)] / share
+        found = race.results[label].found[: len(truth)] / share
         race.facts["errors"][label] = off_by(found, truth)
         if label == race.ours:
             assert_close_to_truth(found, eager, truth, name=what, dtype=problem.weight.dtype)
@@ -115,7 +114,7 @@ def check(problem: Problem, table: dict[str, tuple[Build, str]], race: Race) -> 
 def _error_in_float32(build: Build, few: Problem, truth: Tensor) -> tuple[float, float]:
     """Relative error, and the bar; NaN of a peer that knows the 16-bit dtypes alone (cut-cross-entropy on CUDA)."""
     try:
-        return off_by(build(few)()[1], truth), ALLOWED
+        return off_by(build(few)().found, truth), ALLOWED
     except Exception:
         return math.nan, ALLOWED
 

@@ -45,6 +45,7 @@ class Race:
         self.benchmark = benchmark
         self.settings = settings
         self.facts: dict[str, Any] = {"suite": suite, "title": title, "shape": shape, "errors": {}, "extra_mib": {}}
+        self.facts["backward_seconds"] = {}
         self.calls: dict[str, Call] = {}
         self.results: dict[str, Any] = {}  # of the first calls
         self.absent: dict[str, str] = {}
@@ -98,6 +99,8 @@ class Race:
             found = {"time": time.perf_counter() - start} if metrics is None else metrics(result)
             for metric, value in found.items():
                 seconds.setdefault(metric, {}).setdefault(label, []).append(value)
+            if (backward := getattr(result, "backward_seconds", None)) is not None:
+                self.facts["backward_seconds"].setdefault(label, []).append(backward)
 
         def others() -> None:
             for label in [*self.calls]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def case_table(result: Result) -> str:
     columns = ["method", "median", "quartiles", "times ours"]
     if result.reference:
         columns.append("times base" if result.baseline else "times floor")
+    columns += ["backward"] if result.backward_seconds else []
     decodes = result.metric == "per_token"
     columns += ["tokens/s", "first token", "K/V MiB"] if decodes else []
     columns += ["extra MiB"] if result.extra_mib else []
@@ -62,6 +64,7 @@ def case_table(result: Result) -> str:
     columns += ["note"] if result.notes else []
 
     def row(label: str) -> list[str]:
+        backward = result.backward_seconds.get(label)
         low, high = result.quartiles(label)
         median = result.median(label)
         cells = {
@@ -69,6 +72,7 @@ def case_table(result: Result) -> str:
             "median": seconds(median),
             "quartiles": f"{seconds(low)} to {seconds(high)}",
             "times ours": f"{result.ratio(label, result.ours):.2f}",
+            "backward": seconds(statistics.median(backward)) if backward else "",
             "note": result.notes.get(label, ""),
             "extra MiB": f"{result.extra_mib[label]:.0f}" if label in result.extra_mib else "",
             "off by": f"{result.errors[label]:.1e}" if label in result.errors else "",

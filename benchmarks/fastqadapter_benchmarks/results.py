@@ -27,6 +27,7 @@ class Result:
     notes: Mapping[str, str]
     absent: Mapping[str, str]
     machine: Mapping[str, Any]
+    backward_seconds: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)  # a part of the time
     variant: str = ""  # what it is, if not the loss with gradient in bf16
     memory_unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)  # why
     kv_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -1,9 +1,9 @@
 """The loss of packed pairs from hidden states, forward and backward, on the kernels of others.
 
-Each function takes a `Problem` and gives a call that returns the loss and its gradient (S, D) by `h_q`, or, for a
-problem without gradient, the loss and the soft values (S,). The peers know log-probabilities, so each is composed
-twice: with z a gathered dot product in fp32, `lse = z - log p[a]` gives the base lse from `h_b` and the combined one
-from `h_q + (alpha_0 - 1) h_b`. What follows, rewards and loss, is the same code for all, and a thousandth of the work.
+Each function takes a `Problem` and gives a call that returns a `Result`. The peers know log-probabilities, so each is
+composed twice: with z a gathered dot product in fp32, `lse = z - log p[a]` gives the base lse from `h_b` and the
+combined one from `h_q + (alpha_0 - 1) h_b`. What follows, rewards and loss, is the same code for all, and a thousandth
+of the work.
 
 Sources: TRL's ChunkedLogProbFunction (https://github.com/huggingface/trl), torch.nn.functional.linear_cross_entropy
 (https://docs.pytorch.org), Liger's losses (https://github.com/linkedin/Liger-Kernel), Apple's cut-cross-entropy
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +30,18 @@ from fastqadapter import ops
 from fastqadapter.loss import LMHead, Transitions, pair_transitions, q_adapter_loss
 from fastqadapter_benchmarks.race import Unavailable
 
-Result = tuple[Tensor, Tensor]
-Call = Callable[[], Result]
 CONFIG = fqa.QAdapterConfig(alpha_0=0.9, alpha_tilde=0.7, gamma=1.0, beta=0.1)
+
+
+class Result(NamedTuple):
+    """Of one call."""
+
+    loss: Tensor
+    found: Tensor  # the gradient (S, D) by `h_q`, or, of a problem without gradient, the soft values (S,)
+    backward_seconds: float | None = None
+
+
+Call = Callable[[], Result]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +127,15 @@ class Problem:
 
     def result(self, loss: Tensor, value: Tensor) -> Result:
         if not self.gradient:
-            return loss, value
-        return loss.detach(), torch.autograd.grad(loss, self.hidden_q)[0]
+            return Result(loss, value)
+        start = self._now()
+        gradient = torch.autograd.grad(loss, self.hidden_q)[0]
+        return Result(loss.detach(), gradient, self._now() - start)
+
+    def _now(self) -> float:
+        if self.weight.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def backend(problem: Problem, name: str) -> Call:
@@ -269,7 +287,7 @@ def liger_dpo(problem: Problem, pairs_at_once: int = 1) -> Call:
         policy, reference = (x[:rows].view(branches, length, -1) for x in (problem.hidden_q, problem.hidden_b))
         targets = problem.one_action[:rows].view(branches, length)
         value, *_ = loss(problem.weight, policy, targets, None, reference, problem.weight)
-        return value.detach(), torch.autograd.grad(value, problem.hidden_q)[0]
+        return problem.result(value, value)
 
     return run
 
