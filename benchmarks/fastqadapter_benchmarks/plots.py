@@ -16,6 +16,7 @@ from fastqadapter_benchmarks.settings import is_ours
 
 OURS, OURS_TOO, OTHER, FLOOR = "tab:green", "#94cf94", "tab:blue", "tab:grey"
 MARKERS = "osD^vP*X"
+GREENS = matplotlib.color_sequences["tab20"][4:6]  # ours
 
 
 def draw_all(results: Sequence[Result], folder: Path) -> list[Path]:
@@ -65,7 +66,7 @@ def training_step(results: Sequence[Result]) -> Figure | None:
     _bars(time, labels, [result.median(label) for label in labels], colours, "%.2f")
     time.set_xlabel("seconds")
     _bars(memory, labels, [result.extra_mib.get(label, math.nan) for label in labels], colours, "%.0f")
-    memory.set_xlabel("peak memory beyond the loaded model, MiB")
+    memory.set_xlabel("peak memory beyond the model, MiB")
     figure.suptitle(f"Training step: {result.title}", fontsize=10)
     return figure
 
@@ -119,10 +120,18 @@ def loss_memory(results: Sequence[Result]) -> Figure | None:
         return None
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
+    others = iter([colour for colour in matplotlib.color_sequences["tab20"] if colour not in GREENS])
     for marker, (label, found) in zip(MARKERS * len(points), sorted(points.items()), strict=False):
-        ours = label.startswith("fastqadapter (")
+        ours = any(label == result.ours for result in results)
         line = "-" if len(found) > 1 else ""
-        axes.plot(*zip(*sorted(found.items()), strict=True), marker + line, label=label, linewidth=2.5 if ours else 1)
+        colour = OURS if ours else OURS_TOO if is_ours(label) else next(others)
+        axes.plot(
+            *zip(*sorted(found.items()), strict=True),
+            marker + line,
+            color=colour,
+            label=label,
+            linewidth=2.5 if ours else 1,
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("N V, state rows times vocabulary")
@@ -158,11 +167,13 @@ def cost_growth(results: Sequence[Result]) -> Figure | None:
     rows = -(-len(sweeps) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
+    floors = {label for result in results for label in (result.floor, result.baseline)}
     for axes, (axis, lines) in zip(panels, sweeps.items(), strict=False):
         for marker, (label, points) in zip(MARKERS, lines.items(), strict=False):
             exponent = fitted_exponent(points)
             sizes, times = zip(*sorted(points.items()), strict=True)
-            axes.plot(sizes, times, marker + "-", label=f"{label}: {exponent:.2f}", markersize=4)
+            colour = OURS if is_ours(label) else FLOOR if label in floors else OTHER
+            axes.plot(sizes, times, marker + "-", color=colour, label=f"{label}: {exponent:.2f}", markersize=4)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title(AXES[axis], fontsize=8)

@@ -25,7 +25,7 @@ AXES = {
     "V": "loss and gradient, V tokens of the vocabulary",
     "context": "training step, tokens of each branch, 2 pairs",
     "pairs": "training step, pairs of a micro-batch",
-    "decoded context": "time per token behind a prompt of so many",
+    "decoded context": "time per token behind a prompt of so many tokens",
 }
 HEADER = """# Benchmark results
 
