@@ -27,7 +27,7 @@ SIZE, VOCAB = 6, 70
 Peer = Callable[[Problem], Callable[[], Any]]
 PEERS: dict[str, tuple[Peer, str]] = {
     "published": (lm_head.published, "torch"),
-    "torch": (functools.partial(lm_head.torch_twice, row_chunk=5), "torch"),
+    "torch": (functools.partial(lm_head.torch_twice, most_rows=5), "torch"),
     "TRL": (functools.partial(lm_head.trl_twice, vocab_chunk=32), "trl"),
     "cut-cross-entropy": (lm_head.cce_twice, "cut_cross_entropy"),
 }

@@ -58,9 +58,8 @@ def decoding(**changes: Any) -> dict[str, Any]:
 
 
 def sweep(at: int, seconds: float, axis: str = "N") -> dict[str, Any]:
-    return facts(
-        "growth", "loss and gradient", axis=axis, at=at, seconds={"time": {"fastqadapter": [seconds] * 5}}, notes={}
-    )
+    times = {"time": {"fastqadapter": [seconds] * 5}}
+    return facts("growth", "loss and gradient", axis=axis, at=at, shape={"N": at}, seconds=times, notes={})
 
 
 def saved(path: Path, *cases: dict[str, Any]) -> Path:
@@ -102,8 +101,9 @@ def test_table_of_a_case_has_every_figure() -> None:
 def test_tables_list_who_was_not_measured_and_fit_exponents() -> None:
     text = report.tables(loaded(facts(), decoding(), sweep(10, 0.1), sweep(20, 0.2), sweep(40, 0.4)))
     assert "Not measured here: other: it needs a GPU." in text
-    assert "| **fastqadapter** | 12 ms | 12 ms to 12 ms | 1.00 | 1.20 | 333 | 200 ms | 1.00 |" in text
+    assert "| **fastqadapter** | 12 ms | 12 ms to 12 ms | 1.00 | 1.20 | 333 | 200 ms | 2.00 | 1.00 |" in text
     assert "| fastqadapter | 100 ms | 200 ms | 400 ms | 1.00 |" in text
+    assert "The same, extra MiB:" in text and "| peer | 30 | 30 | 30 |" in text
 
 
 def test_summary_has_step_loss_and_decoding() -> None:
@@ -238,19 +238,34 @@ def test_command_compares_two_files(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--compare", "a", "b", "c"], "--compare takes one or two files, not 3"),
         (["--compare", "nowhere.json"], "cannot read nowhere.json"),
         (["--only", "loss", "ops"], "--only ops: this suite has nothing for a quick run; add --full"),
-        (["--only", "loss", "--results", "R.md"], "a part of a run would replace the whole section"),
+        (["--only", "loss", "--results", "R.md"], "a part of a run would replace a whole section"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
-        (["--max_slowdown", "0"], "--max_slowdown 0.0: a ratio above 0 is needed"),
+        (["--max_slowdown", "inf"], "--max_slowdown inf: a finite ratio"),
+        (["--compare", "fastqadapter-bench/benchmark.json"], "the run would replace it; copy it, or name another"),
+        (["--results", "nowhere/R.md"], "--results nowhere/R.md: name a file, in a folder that is there"),
+        (["--results", "mine.md"], "--results mine.md: holds something else than results"),
+        (["--data", "words.jsonl"], "words.jsonl"),
+        (["--data", "words.jsonl", "--output_dir", "mine.md"], "mine.md: a file of that name is there"),
+        (["--max_slowdown", "0"], "--max_slowdown 0.0: a finite ratio above 0 is needed"),
     ],
 )
 def test_mistakes_are_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("mine.md").write_text("my own words\n")
+    Path("words.jsonl").write_text("no JSON\n")
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (extra bench)")
     assert cli.main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("times", [[0.0] * 5, [math.nan] * 5, ["fast"] * 5, [], [0.1] * 4, None])
+def test_a_file_with_other_times_is_refused(tmp_path: Path, times: Any) -> None:
+    seconds = {"fastqadapter": [0.1] * 5, "peer": times}
+    with pytest.raises(ValueError, match=r"bad.json does not hold results of"):
+        read_results(saved(tmp_path / "bad.json", facts(seconds={"time": seconds})))
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from fastqadapter.commands.bench import write_results
 from fastqadapter_benchmarks.results import read_results
+from fastqadapter_benchmarks.run_suites import _prepare, locked
+from fastqadapter_benchmarks.settings import Settings
 from words import save_workplace
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (extra bench)")
@@ -38,7 +40,7 @@ def first(workplace: Path) -> subprocess.CompletedProcess[str]:
 
 def test_run_writes_all_it_promises(workplace: Path, first: subprocess.CompletedProcess[str]) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "no GPU here: the shapes of Llama-3-8B, Qwen2.5-7B and Gemma are skipped" in first.stdout
+    assert "no GPU: the shapes of Llama-3-8B, Qwen2.5-7B and Gemma are skipped" in first.stdout
     found = read_results(workplace / "out" / "benchmark.json")
     assert {result.suite for result in found} == {"step", "loss", "decode"}
     for result in found:
@@ -74,11 +76,34 @@ def test_resume_runs_only_what_is_missing(workplace: Path, first: subprocess.Com
 
 
 def test_a_suite_that_fails_is_named_and_the_others_are_kept(workplace: Path) -> None:
-    """Pairs that are enough for the loss, but not for five micro-batches of the step."""
+    """Pairs that are enough for the loss, but not for what is collated."""
     lines = (workplace / "pairs.jsonl").read_text().splitlines()[:3]
     (workplace / "few.jsonl").write_text("\n".join(lines) + "\n")
-    options = "--data", "few.jsonl", "--only", "step", "loss", "--peers", "eager", "--output_dir", "few"
-    done = bench(workplace, *options)
+    options = "--data", "few.jsonl", "--peers", "eager", "--output_dir", "few"
+    done = bench(workplace, *options, "--only", "files", "loss")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "FAILED, and not or only partly in the tables: step" in done.stderr
-    assert {result.suite for result in read_results(workplace / "few" / "benchmark.json")} == {"loss"}
+    assert "has 3 pairs of at most" in done.stdout  # the reason
+    assert "FAILED, and not or only partly in the tables: files" in done.stderr
+    assert {result.suite for result in read_results(workplace / "few" / "benchmark.json")} >= {"loss"}
+    (workplace / "few" / "suites" / "mine.json").write_text("my own")
+    again = bench(workplace, *options, "--only", "step", "loss")
+    assert again.returncode == 2 and "has 3 pairs of at most" in again.stderr  # before anything is run or lost
+    nobody = bench(workplace, *options[:2], "--only", "loss", "--peers", "nobody", "--output_dir", "few")
+    assert nobody.returncode == 2 and "--peers nobody: no competitor has that in its name" in nobody.stderr
+    assert (workplace / "few" / "previous" / "benchmark.json").is_file()
+    assert (workplace / "few" / "previous" / "suites" / "mine.json").read_text() == "my own"
+
+
+def test_a_folder_is_for_one_run(workplace: Path) -> None:
+    with locked(workplace / "busy"):
+        done = bench(workplace, "--output_dir", "busy")
+    assert done.returncode == 2 and "another run is using it; name another folder" in done.stderr
+
+
+def test_a_torn_suite_runs_again(tmp_path: Path) -> None:
+    assert _prepare(tmp_path, ["key"], resume=False) == set()
+    (tmp_path / "suites" / "loss.json").write_text('{"benchmarks": [1')
+    (tmp_path / "suites" / "step.json").write_text('{"benchmarks": [1]}')
+    assert _prepare(tmp_path, ["key"], resume=True) == {"step"}
+    assert not (tmp_path / "suites" / "loss.json").exists()
+    assert Settings().asks_for("anyone") and Settings(peers=("trl",)).asks_for("TRL chunked log-probs, twice")

@@ -237,6 +237,8 @@ def check(settings: Settings, model: str) -> None:
     base = step_scores(base_model(settings, model), ids, tokens)
     expected = step_scores(passes(settings, model), ids, tokens)
     assert_agree(step_scores(qadapter_model(settings, model, "separate"), ids, tokens), expected, base, "separate")
+    both = step_scores(passes(settings, model, two_models=True), ids, tokens)
+    assert_agree(both, expected, base, TWO_MODELS)
     assert_agree(_mixed_batch_scores(settings, model, ids, tokens), expected, base, MIXED)
     check_cache(settings, qadapter_model(settings, model, "shared"), model)
 

@@ -23,6 +23,11 @@ PRELOAD = [
 ]
 
 
+def failure(error: Exception) -> str:
+    """For a table."""
+    return f"fails here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def resident_mib(field: str) -> float:
     """Memory of this process: `VmRSS` now, `VmHWM` at its peak."""
     lines = STATUS.read_text().splitlines()
@@ -62,6 +67,8 @@ def extra_of_a_child(build: Build, threads: int) -> float | str:
             return pool.submit(_resident_peak, build, threads).result()
     except BrokenProcessPool:
         return "its process was killed, for memory as it seems"
+    except Exception as error:
+        return failure(error)
 
 
 def _resident_peak(build: Build, threads: int) -> float | str:
@@ -87,4 +94,6 @@ def _cuda_peak(build: Build) -> float | str:
         torch.cuda.synchronize()
     except torch.cuda.OutOfMemoryError:
         return "out of memory beside the others"
+    except Exception as error:
+        return failure(error)
     return (torch.cuda.max_memory_allocated() - before) / 2**20

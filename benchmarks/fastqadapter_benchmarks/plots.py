@@ -168,7 +168,7 @@ def cost_growth(results: Sequence[Result]) -> Figure | None:
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     floors = {label for result in results for label in (result.floor, result.baseline)}
-    for axes, (axis, lines) in zip(panels, sweeps.items(), strict=False):
+    for (axis, lines), axes in zip(sweeps.items(), panels, strict=False):  # panels last, or one is lost
         for marker, (label, points) in zip(MARKERS, lines.items(), strict=False):
             exponent = fitted_exponent(points)
             sizes, times = zip(*sorted(points.items()), strict=True)

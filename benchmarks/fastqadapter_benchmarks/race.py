@@ -17,23 +17,24 @@ from typing import Any
 import torch
 
 from fastqadapter_benchmarks.machine import describe
-from fastqadapter_benchmarks.memory import peaks_of
+from fastqadapter_benchmarks.memory import failure, peaks_of
 from fastqadapter_benchmarks.settings import Settings, is_ours
 
 Call = Callable[[], Any]
 
 
 def with_room(call: Call) -> Any:
-    """`call()`, with a MiB for the frames of the functions that it calls.
+    """`call()`, with room for the frames of all functions that it calls.
 
     CPython since 3.11 keeps frames in chunks of 16 KiB. Where a loop happens to call across the end of one, each call
     maps and unmaps the next: by the depth of the stack around it, here that of pytest, two passes with PEFT took 55 or
-    118 ms a token, and ours 30 or 43. A frame that fits into no such chunk gets one of twice its size.
+    118 ms a token, and ours 30 or 43. The frame of this function fits into no such chunk: it gets one of a MiB, with
+    half of it left over for what comes after.
     """
     return call()
 
 
-with_room.__code__ = with_room.__code__.replace(co_stacksize=70_000)  # times 8 bytes
+with_room.__code__ = with_room.__code__.replace(co_stacksize=66_000)  # words of 8 bytes
 
 
 class Unavailable(Exception):
@@ -68,19 +69,15 @@ class Race:
         """Build every competitor and call it once. What is ours must run."""
         for competitor in competitors:
             label = competitor.label
-            if self.calls and self.settings.peers and not any(name in label for name in self.settings.peers):
+            if self.calls and not self.settings.asks_for(label):
                 continue
             try:
                 call = competitor.build()
                 result = with_room(call)
-            except Unavailable as reason:
-                self.absent[label] = str(reason)
-            except ModuleNotFoundError as error:
-                self.absent[label] = f'{error.name} is not installed: pip install "fastqadapter[bench]"'
             except Exception as error:
                 if is_ours(label):
                     raise
-                self.absent[label] = failure(error)
+                self.absent[label] = _reason(error)
             else:
                 self.calls[label], self.results[label] = call, result
                 self._competitors[label] = competitor
@@ -130,11 +127,11 @@ class Race:
 
         self.results.clear()  # they hold memory
         self.benchmark.pedantic(lambda: timed(self.ours), setup=others, rounds=self.settings.rounds)
-        if memory:
-            self.measure_memory()
         notes = {label: competitor.note for label, competitor in self._competitors.items() if competitor.note}
         self.facts |= {"ours": self.ours, "seconds": seconds, "notes": notes, "absent": self.absent}
         self.facts["machine"] = describe(self.settings)
+        if memory:
+            self.measure_memory()
         self.benchmark.extra_info.update(self.facts)
         return self.facts
 
@@ -150,5 +147,7 @@ class Race:
             torch.cuda.synchronize()
 
 
-def failure(error: Exception) -> str:
-    return f"fails here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f'{error.name} is not installed: pip install "fastqadapter[bench]"'
+    return str(error) if isinstance(error, Unavailable) else failure(error)

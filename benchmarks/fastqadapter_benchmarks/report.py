@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastqadapter_benchmarks.results import Result, fitted_exponent, growth
+from fastqadapter_benchmarks.results import Result, fitted_exponent, growth, memory_growth
 
 SUITES = {
     "step": "Training step, forward and backward",
@@ -58,7 +58,8 @@ def case_table(result: Result) -> str:
         columns.append("times base" if result.baseline else "times floor")
     columns += ["backward"] if result.backward_seconds else []
     decodes = result.metric == "per_token"
-    columns += ["tokens/s", "first token", "K/V MiB"] if decodes else []
+    if decodes:
+        columns += ["tokens/s", "first token", *(["times base's"] if result.reference else []), "K/V MiB"]
     columns += ["extra MiB"] if result.extra_mib else []
     columns += ["off by"] if result.errors else []
     columns += ["note"] if result.notes else []
@@ -80,6 +81,8 @@ def case_table(result: Result) -> str:
         if result.reference:
             against = f"{result.ratio(label, result.reference):.2f}"
             cells |= {"times base": against, "times floor": against}
+            if decodes:
+                cells["times base's"] = f"{result.ratio(label, result.reference, 'first_token'):.2f}"
         if decodes:
             cells |= {
                 "tokens/s": f"{result.shape.get('batch', 1) / median:.0f}",
@@ -97,16 +100,24 @@ def absent_lines(result: Result) -> list[str]:
 
 
 def growth_tables(results: Sequence[Result]) -> str:
-    """Each sweep: median time at every size, and the exponent of the fitted power."""
+    """Each sweep: median time at every size, exponent of the fitted power, and peak memory where it was measured."""
+    memory = memory_growth(results)
     parts = []
     for axis, lines in growth(results).items():
         sizes = sorted({size for points in lines.values() for size in points})
+        header = ["method", *(f"{size:g}" for size in sizes)]
         rows = []
         for label, points in lines.items():
-            cells = [seconds(points[size]) if size in points else "" for size in sizes]
             exponent = fitted_exponent(points)
+            cells = [seconds(points[size]) if size in points else "" for size in sizes]
             rows.append([label, *cells, "" if math.isnan(exponent) else f"{exponent:.2f}"])
-        parts.append(f"{AXES[axis]}:\n\n{table(['method', *(f'{size:g}' for size in sizes), 'exponent'], rows)}")
+        parts.append(f"{AXES[axis]}:\n\n{table([*header, 'exponent'], rows)}")
+        if axis in memory:
+            rows = [
+                [label, *(f"{points[size]:.0f}" if size in points else "" for size in sizes)]
+                for label, points in memory[axis].items()
+            ]
+            parts.append(f"The same, extra MiB:\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 
@@ -129,7 +140,7 @@ def tables(results: Sequence[Result], level: int = 3) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """One table of the three things that cost: first case of the step, the loss, and decoding."""
+    """One table of the three things that cost: first case of the step, the loss, and decoding. Empty without them."""
     rows = []
     for suite in ("step", "loss", "decode"):
         result = next((each for each in results if each.suite == suite), None)
@@ -144,7 +155,7 @@ def summary(results: Sequence[Result]) -> str:
             times = f"{result.ratio(label, result.ours):.2f}"
             rows.append([name + note, seconds(result.median(label)), times, extra or kept])
         rows += [[label, "not measured", "", reason] for label, reason in result.absent.items()]
-    return table(["", "median", "times ours", "extra memory"], rows)
+    return table(["", "median", "times ours", "extra memory"], rows) if rows else ""
 
 
 def machine_lines(machine: Mapping[str, object]) -> str:

@@ -36,6 +36,11 @@ class Result:
     at: float | None = None
 
     @property
+    def size(self) -> float | None:
+        """Of what is doubled: as measured where that is known, such as state rows, else as asked for."""
+        return None if self.axis is None else self.shape.get(self.axis, self.at)
+
+    @property
     def metric(self) -> str:
         """The one that the case is about."""
         main = MAIN_METRIC.get(self.suite, "time")
@@ -48,7 +53,7 @@ class Result:
 
     @property
     def floor(self) -> str | None:
-        """What nobody can be faster than, where it was run."""
+        """The least work that the mathematics needs, as torch does it, where it was run."""
         return next((label for label, note in self.notes.items() if note == "floor"), None)
 
     @property
@@ -80,11 +85,24 @@ def read_results(path: Path) -> list[Result]:
         ValueError: the file is not there, or is not of these benchmarks.
     """
     try:
-        return results_of(json.loads(path.read_text(encoding="utf-8")))
+        found = results_of(json.loads(path.read_text(encoding="utf-8")))
+        whole = all(map(_is_whole, found))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
-        raise ValueError(f"{path} does not hold results of `fastqadapter bench` (its benchmark.json does)") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} does not hold results of `fastqadapter bench` (its benchmark.json does)")
+    return found
+
+
+def _is_whole(result: Result) -> bool:
+    """Of every competitor as many times as of ours, all of them numbers above 0."""
+    return all(
+        0 < len(times) == len(lines[result.ours]) and all(0 < each < math.inf for each in times)
+        for lines in result.seconds.values()
+        for times in lines.values()
+    )
 
 
 def results_of(report: Mapping[str, Any]) -> list[Result]:
@@ -110,7 +128,17 @@ def growth(results: Sequence[Result]) -> dict[str, dict[str, dict[float, float]]
     """axis -> label -> size -> median seconds, of the sweeps."""
     table: dict[str, dict[str, dict[float, float]]] = {}
     for result in results:
-        if result.axis is not None and result.at is not None:
+        if result.size is not None:
             for label in result.seconds[result.metric]:
-                table.setdefault(result.axis, {}).setdefault(label, {})[result.at] = result.median(label)
+                table.setdefault(str(result.axis), {}).setdefault(label, {})[result.size] = result.median(label)
+    return table
+
+
+def memory_growth(results: Sequence[Result]) -> dict[str, dict[str, dict[float, float]]]:
+    """axis -> label -> size -> peak MiB, of the sweeps that measured it."""
+    table: dict[str, dict[str, dict[float, float]]] = {}
+    for result in results:
+        if result.size is not None:
+            for label, peak in result.extra_mib.items():
+                table.setdefault(str(result.axis), {}).setdefault(label, {})[result.size] = peak
     return table

@@ -47,6 +47,10 @@ class Settings:
     rounds: int = 5
     peers: tuple[str, ...] = ()  # only competitors with one of these in their label; none: all
 
+    def asks_for(self, label: str) -> bool:
+        """Whether a competitor of that name is to run."""
+        return not self.peers or any(name.lower() in label.lower() for name in self.peers)
+
     @property
     def on_gpu(self) -> bool:
         return self.device != "cpu"

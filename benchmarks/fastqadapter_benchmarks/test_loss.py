@@ -39,7 +39,8 @@ def test_loss(
     problem = dataclasses.replace(make_problem(settings, head, settings.heads[head], dtype), gradient=gradient)
     states, (vocab, size) = len(problem.hidden_q), problem.weight.shape
     table = competitors(settings, len(problem.batch))
-    title = f"{title_of(head)} head, {name_of(dtype)}, {states} states of {len(problem.batch)} pairs"
+    kind = "states" if head == settings.model else "random states"
+    title = f"{title_of(head)} head, {name_of(dtype)}, {states} {kind} of {len(problem.batch)} pairs"
     title += "" if gradient else ", values alone"
     race = Race(benchmark, settings, "loss", title, N=states, D=size, V=vocab)
     if not gradient or dtype != torch.bfloat16:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import fastqadapter as fqa
 from fastqadapter_benchmarks.peers import steps
 from fastqadapter_benchmarks.race import Race
 from fastqadapter_benchmarks.settings import SETTINGS, Settings
@@ -27,7 +28,9 @@ def test_training_step(benchmark: Any, settings: Settings, model: str) -> None:
     size = settings.pairs_in_step
     batches = micro_batches(settings, size, model)
     padded = sum(steps.pad_rows(rows, 0).input_ids.numel() for rows in batches) // len(batches)
-    title = f"{title_of(model)}, bf16, micro-batches of {size} pairs, {padded} padded tokens"
+    collate = fqa.PreferenceCollator(None, None)
+    packed = sum(len(collate(rows).input_ids) for rows in batches) // len(batches)
+    title = f"{title_of(model)}, bf16, micro-batches of {size} pairs, {padded} padded tokens, {packed} packed"
     race = Race(benchmark, settings, "step", title, pairs=size, tokens=padded)
     labels = (*steps.METHODS, *(steps.MORE_METHODS if settings.full else ()), steps.DPO)
     race.enter(steps.competitors(settings, model, labels, batches))

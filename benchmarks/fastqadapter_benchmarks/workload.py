@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -110,6 +111,19 @@ def pairs(settings: Settings, count: int | None = None, model: str | None = None
         found = f"data={settings.data!r} has {len(rows)} pairs of at most {settings.max_length} tokens"
         raise ValueError(f"{found}; this suite needs {count or 1}")
     return rows[:count]
+
+
+def check_inputs(settings: Settings, steps: bool) -> None:
+    """Load what all suites need but the weights; `steps`: as many pairs as a training step in every round needs.
+
+    Raises:
+        ValueError: no causal language model with a tokenizer, or data that is none or not enough.
+    """
+    if settings.model != "demo":
+        config = AutoConfig.from_pretrained(settings.model)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"--model {settings.model}: {config.model_type} is no causal language model")
+    pairs(settings, settings.pairs_in_step * settings.rounds if steps else 1)
 
 
 def micro_batches(settings: Settings, size: int, model: str | None = None) -> list[list[Row]]:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from fastqadapter.commands.parsing import ArgumentError, OneLineParser
 
 if TYPE_CHECKING:
     from fastqadapter_benchmarks.results import Result
+    from fastqadapter_benchmarks.settings import Settings
 
 QUICK = ("step", "loss", "decode")
 FULL = (*QUICK, "files", "ops", "growth")
@@ -50,17 +50,18 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.compare and len(arguments.compare) > 2:
         raise ArgumentError(f"--compare takes one or two files, not {len(arguments.compare)}")
-    if not arguments.max_slowdown > 0:
-        raise ArgumentError(f"--max_slowdown {arguments.max_slowdown}: a ratio above 0 is needed")
+    if not 0 < arguments.max_slowdown < float("inf"):
+        raise ArgumentError(f"--max_slowdown {arguments.max_slowdown}: a finite ratio above 0 is needed")
+    arguments.only = list(dict.fromkeys(arguments.only or (FULL if arguments.full else QUICK)))
     _check_choice(arguments)
 
     from fastqadapter_benchmarks.results import read_results
 
+    _check_installed()
     old = read_results(arguments.compare[0]) if arguments.compare else None
     if arguments.compare and len(arguments.compare) == 2:
         new = read_results(arguments.compare[1])
     else:
-        _check_installed()
         kept = (shlex.quote(each) for each in argv if each != "--resume")
         new = _run_and_report(arguments, " ".join(["fastqadapter bench", *kept]))
     if old is not None:
@@ -68,11 +69,30 @@ def main(argv: list[str]) -> None:
 
 
 def _check_choice(arguments: argparse.Namespace) -> None:
-    for suite in arguments.only or ():
+    for suite in arguments.only:
         if suite in FULL_ALONE and not arguments.full:
             raise ArgumentError(f"--only {suite}: this suite has nothing for a quick run; add --full")
-    if arguments.results and (arguments.only or arguments.peers):
-        raise ArgumentError("--results: a part of a run would replace the whole section; leave --only and --peers out")
+    if arguments.compare and len(arguments.compare) == 1:
+        [old] = arguments.compare
+        if old.resolve().is_relative_to(arguments.output_dir.resolve()):
+            raise ArgumentError(f"--compare {old}: the run would replace it; copy it, or name another --output_dir")
+    if arguments.results:
+        if set(arguments.only) != {*(FULL if arguments.full else QUICK)} or arguments.peers:
+            raise ArgumentError(
+                "--results: a part of a run would replace a whole section; leave --only and --peers out"
+            )
+        _check_results_file(arguments.results)
+
+
+def _check_results_file(path: Path) -> None:
+    from fastqadapter_benchmarks.report import HEADER
+
+    if path.is_dir() or not path.parent.is_dir():
+        raise ArgumentError(f"--results {path}: name a file, in a folder that is there")
+    if path.exists():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip() and not text.startswith(HEADER.splitlines()[0]):
+            raise ArgumentError(f"--results {path}: holds something else than results of `fastqadapter bench`")
 
 
 def _count(least: int) -> type:
@@ -93,32 +113,40 @@ def _check_installed() -> None:
 
 
 def _run_and_report(arguments: argparse.Namespace, command: str) -> list[Result]:
-    from fastqadapter_benchmarks import plots, report, results
+    from fastqadapter_benchmarks import plots, report, results, run_suites
 
     output: Path = arguments.output_dir
-    _check_inputs(arguments)
-    files, failed = _run_suites(arguments)
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    if not any(report["benchmarks"] for report in reports):
-        raise ArgumentError(f"nothing could be measured: {', '.join(failed)} failed; see above")
-    merged = results.merged(reports)
-    (output / "benchmark.json").write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
-    found = results.results_of(merged)
-    drawn = plots.draw_all(found, output / "plots")
-    names = [f"plots/{path.name}" for path in drawn]
-    section = report.measured_section(found, command, names)
-    (output / "report.md").write_text(section + "\n", encoding="utf-8")
-    summary = report.summary(found)
-    (output / "summary.md").write_text(summary + "\n", encoding="utf-8")
+    settings = _checked_settings(arguments)
+    with run_suites.locked(output):
+        ran = run_suites.run_suites(arguments.only, settings, output, arguments.resume)
+        if not ran.reports:
+            raise ArgumentError(f"nothing could be measured: {', '.join(ran.failed)} failed; see above")
+        merged = results.merged(ran.reports)
+        (output / "benchmark.json").write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+        found = results.results_of(merged)
+        _check_peers(arguments.peers, found)
+        names = [f"plots/{path.name}" for path in plots.draw_all(found, output / "plots")]
+        section = report.measured_section(found, command, names)
+        (output / "report.md").write_text(section + "\n", encoding="utf-8")
+        summary = report.summary(found) or report.tables(found)
+        (output / "summary.md").write_text(summary + "\n", encoding="utf-8")
     print(f"\n{report.machine_lines(found[0].machine)}\n\n{summary}\n")
     print(f"all tables: {output / 'report.md'}; plots: {output / 'plots'}; numbers: {output / 'benchmark.json'}")
-    if failed:
+    if ran.failed:
         unwritten = f"; {arguments.results} was left alone" if arguments.results else ""
-        print(f"FAILED, and not or only partly in the tables: {', '.join(failed)}{unwritten}", file=sys.stderr)
+        print(f"FAILED, and not or only partly in the tables: {', '.join(ran.failed)}{unwritten}", file=sys.stderr)
         raise SystemExit(1)
     if arguments.results:
         write_results(arguments.results, found, command)
     return found
+
+
+def _check_peers(words: list[str], found: list[Result]) -> None:
+    labels = {label for result in found for label in (*result.seconds[result.metric], *result.absent)}
+    for word in words:
+        if not any(word.lower() in label.lower() for label in labels):
+            names = "; ".join(sorted(labels))
+            raise ArgumentError(f"--peers {word}: no competitor has that in its name; these ran or could not: {names}")
 
 
 def write_results(path: Path, found: list[Result], command: str) -> None:
@@ -127,11 +155,10 @@ def write_results(path: Path, found: list[Result], command: str) -> None:
 
     device = str(found[0].machine["device"])
     folder = path.parent / "plots" / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    for plot in folder.glob("*.svg"):
-        plot.unlink()
-    drawn = [plot.relative_to(path.parent).as_posix() for plot in plots.draw_all(found, folder)]
-    for plot in folder.glob("*.png"):
-        plot.unlink()  # the SVG files are what the page shows
+    paths = plots.draw_all(found, folder)
+    drawn = [plot.relative_to(path.parent).as_posix() for plot in paths]
+    for plot in paths:
+        plot.with_suffix(".png").unlink()  # the SVG files are what the page shows
     sections = {f"measured: {device}": report.measured_section(found, command, drawn)}
     if importlib.util.find_spec("triton") is not None:
         sections["predictions"] = report.predicted_section()
@@ -139,91 +166,41 @@ def write_results(path: Path, found: list[Result], command: str) -> None:
     print(f"section of {device}: {path}")
 
 
-def _check_inputs(arguments: argparse.Namespace) -> None:
-    """Mistakes before the first minute is spent; settles the device."""
+def _checked_settings(arguments: argparse.Namespace) -> Settings:
+    """Mistakes before the first minute is spent."""
     import torch
+
+    from fastqadapter_benchmarks.settings import Settings
+    from fastqadapter_benchmarks.workload import check_inputs
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.device == "cuda" and found == "cpu":
         raise ArgumentError("--device cuda: torch finds no GPU here; leave it out, or see `fastqadapter env`")
-    arguments.device = arguments.device or found
-    if found == "cpu":
-        print("no GPU here: the shapes of Llama-3-8B, Qwen2.5-7B and Gemma are skipped")
-    if arguments.model != "demo":
-        from transformers import AutoConfig
-
-        if "/" not in arguments.model and not Path(arguments.model).is_dir():
-            raise ArgumentError(f"--model {arguments.model}: no such folder")
-        AutoConfig.from_pretrained(arguments.model)  # or one line that says why not
+    device = arguments.device or found
+    if device == "cpu":
+        print("no GPU: the shapes of Llama-3-8B, Qwen2.5-7B and Gemma are skipped")
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        print(f"this machine is busy (load {load:.1f} on {cores} cores): times will differ from round to round")
+    if arguments.model != "demo" and "/" not in arguments.model and not Path(arguments.model).is_dir():
+        raise ArgumentError(f"--model {arguments.model}: no such folder")
     if arguments.data != "demo" and not Path(arguments.data).is_file():
         raise ArgumentError(f"--data {arguments.data}: no such file")
-
-
-def _run_suites(arguments: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    """The JSON files of the suites, and the names of those of which something failed. Each runs in its own process."""
-    import fastqadapter_benchmarks
-
-    package = Path(str(fastqadapter_benchmarks.__file__)).parent
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    suites = arguments.only or (FULL if arguments.full else QUICK)
-    folder = (arguments.output_dir / "suites").resolve()
-    options = _options(arguments)
-    kept = _prepare(folder, options, arguments.resume)
-    files, failed = [], []
-    for number, suite in enumerate(suites, start=1):
-        whole, part = folder / f"{suite}.json", folder / f"{suite}.part"
-        print(f"[{number}/{len(suites)}] {suite}{': kept' if suite in kept else ''}", flush=True)
-        if suite not in kept:
-            command = [
-                *(sys.executable, "-m", "pytest", "-v", "--no-header", "--no-summary", "--benchmark-quiet"),
-                *("-c", f"{package.name}/pytest.ini", f"{package.name}/test_{suite}.py"),
-                *("--benchmark-json", str(part), *options),
-            ]
-            code = subprocess.run(command, cwd=package.parent, env=environment, check=False).returncode
-            if code == 0:
-                part.replace(whole)
-            else:
-                failed.append(suite)
-        files += [path for path in (whole, part) if path.exists() and path.stat().st_size]
-    return files, failed
-
-
-def _options(arguments: argparse.Namespace) -> list[str]:
-    """The options of the suites' own pytest run."""
-    data, model = (
-        name if name == "demo" or not Path(name).exists() else str(Path(name).resolve())
-        for name in (arguments.data, arguments.model)
-    )
-    options = ["--model", model, "--data", data, "--threads", str(arguments.threads)]
-    options += ["--rounds", str(arguments.rounds)]
-    options += ["--device", arguments.device]
-    options += ["--full"] if arguments.full else []
-    options += ["--peers", *arguments.peers] if arguments.peers else []
-    return options
-
-
-def _prepare(folder: Path, options: list[str], resume: bool) -> set[str]:
-    """Make the folder; returns the suites that an interrupted run of the same code and options left, for `resume`."""
-    from fastqadapter_benchmarks.machine import versions
-
-    folder.mkdir(parents=True, exist_ok=True)
-    noted = folder / "run.txt"
-    text = "\n".join([shlex.join(options), *(f"{name} {version}" for name, version in versions().items())])
-    before = noted.read_text(encoding="utf-8") if noted.exists() else None
-    if resume and before not in (None, text):
-        raise ArgumentError(f"--resume: {folder} has suites of another run: other options or versions, see {noted}")
-    keep = {path.stem for path in folder.glob("*.json")} if resume and before == text else set()
-    for path in folder.iterdir():
-        if path.stem not in keep:
-            path.unlink()
-    noted.write_text(text, encoding="utf-8")
-    return keep
+    names = ("full", "model", "data", "threads", "rounds")
+    options = {name: getattr(arguments, name) for name in names}
+    settings = Settings(**options, device=device, peers=tuple(arguments.peers))
+    check_inputs(settings, "step" in arguments.only)
+    return settings
 
 
 def _compare(old: list[Result], new: list[Result], limit: float) -> None:
     from fastqadapter_benchmarks import compare
 
     changes = compare.compare(old, new)
+    for what in ("device", "threads"):
+        before, after = (each[0].machine[what] for each in (old, new))
+        if before != after:
+            print(f"not the same {what}: {before}, then {after}; the ratios may be of that")
     print(f"\n{compare.report(changes, limit)}\n")
     for title in compare.not_compared(old, new):
         print(f"not compared, the new run has it not: {title}")

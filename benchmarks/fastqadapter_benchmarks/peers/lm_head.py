@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +91,7 @@ class Problem:
         save_file(whole, path, metadata={} if self.softcap is None else {"softcap": str(self.softcap)})
 
     @staticmethod
-    def load(path: Path, device: str = "cpu", gradient: bool = True) -> Problem:
+    def load(path: Path, device: str = "cpu") -> Problem:
         with safe_open(path, "pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
             softcap = (file.metadata() or {}).get("softcap")
@@ -99,7 +100,7 @@ class Problem:
         batch = fqa.PackedPairs(**tensors, lengths=lengths).to(device)
         states["hidden_q"].requires_grad_()
         cap = None if softcap is None else float(softcap)
-        return Problem(**states, batch=batch, softcap=cap, gradient=gradient)
+        return Problem(**states, batch=batch, softcap=cap)
 
     @functools.cached_property
     def transitions(self) -> Transitions:
@@ -225,11 +226,13 @@ def trl_twice(problem: Problem, vocab_chunk: int = 32768) -> Call:
     return _composed(problem, log_probs)
 
 
-def torch_twice(problem: Problem, row_chunk: int | None = None) -> Call:
-    """`row_chunk` None: torch's own choice."""
+def torch_twice(problem: Problem, most_rows: int | None = None) -> Call:
+    """In equal chunks of at most so many rows; None: torch's own choice."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unavailable(f"torch {torch.__version__} has no chunked linear_cross_entropy: 2.13 has")
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=row_chunk)
+    rows = len(problem.hidden_q)
+    chunk = None if most_rows is None else math.ceil(rows / math.ceil(rows / most_rows))
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
 
     def log_probs(hidden: Tensor, temperature: float) -> Tensor:
         arguments = _scaled(hidden, temperature), problem.weight, problem.one_action

@@ -233,6 +233,13 @@ def _separate_is_published(settings: Settings, model_name: str, rows: list[Row],
     randomize_adapter(published)
     weights = get_peft_model_state_dict(published)
     true_loss, true_gradient = loss_and_gradient(PUBLISHED, published, rows, pad_id)
+    for label, method in MORE_METHODS.items():
+        if method.base_no_grad:
+            loss, gradient = loss_and_gradient(method, published, rows, pad_id)
+            if not (
+                abs(loss / true_loss - 1) <= 1e-5 and (gradient - true_gradient).norm() <= 1e-3 * true_gradient.norm()
+            ):
+                yield f"{label}: not the published loss and gradient"
     del published
 
     def errors(method: Method, dtype: torch.dtype) -> tuple[float, float]:
