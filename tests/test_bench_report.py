@@ -238,7 +238,7 @@ def test_command_compares_two_files(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--compare", "a", "b", "c"], "--compare takes one or two files, not 3"),
         (["--compare", "nowhere.json"], "cannot read nowhere.json"),
         (["--only", "loss", "ops"], "--only ops: this suite has nothing for a quick run; add --full"),
-        (["--only", "loss", "--results", "R.md"], "a part of a run would replace a whole section"),
+        (["--only", "loss", "--results", "R.md"], "a part of a run would replace the whole section"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--max_slowdown", "inf"], "--max_slowdown inf: a finite ratio"),
         (["--compare", "fastqadapter-bench/benchmark.json"], "the run would replace it; copy it, or name another"),

@@ -39,10 +39,8 @@ def locked(output: Path) -> Iterator[None]:
     """The folder for one run alone; also lets a SIGTERM end the suite that runs, as Ctrl-C does.
 
     Raises:
-        ValueError: another run has it, or it is no folder.
+        ValueError: another run has it.
     """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output_dir {output}: a file of that name is there")
     output.mkdir(parents=True, exist_ok=True)
     before = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:

@@ -69,6 +69,8 @@ def main(argv: list[str]) -> None:
 
 
 def _check_choice(arguments: argparse.Namespace) -> None:
+    if arguments.output_dir.exists() and not arguments.output_dir.is_dir():
+        raise ArgumentError(f"--output_dir {arguments.output_dir}: a file of that name is there")
     for suite in arguments.only:
         if suite in FULL_ALONE and not arguments.full:
             raise ArgumentError(f"--only {suite}: this suite has nothing for a quick run; add --full")
@@ -78,9 +80,7 @@ def _check_choice(arguments: argparse.Namespace) -> None:
             raise ArgumentError(f"--compare {old}: the run would replace it; copy it, or name another --output_dir")
     if arguments.results:
         if set(arguments.only) != {*(FULL if arguments.full else QUICK)} or arguments.peers:
-            raise ArgumentError(
-                "--results: a part of a run would replace a whole section; leave --only and --peers out"
-            )
+            raise ArgumentError("--results: a part of a run would replace the whole section: no --only, no --peers")
         _check_results_file(arguments.results)
 
 
