@@ -1,4 +1,4 @@
-"""The command `fastqadapter`: demo | train | generate | bench | env.
+"""The command `fastqadapter`: demo | train | generate | export-vllm | serve | bench | env.
 
 A user's mistake is one line on stderr and exit code 2.
 """
@@ -17,6 +17,8 @@ COMMANDS = {
     "demo": "train a Q-Adapter on a small real model and show before and after",
     "train": "train a Q-Adapter on preference pairs",
     "generate": "generate with the customised policy: a prompt, a file of prompts, or a chat",
+    "export-vllm": "write a folder that vLLM serves: a base model with its adapters",
+    "serve": "serve such a folder: an OpenAI-compatible server, by vLLM",
     "bench": "measure training, loss and generation against other ways to do the same",
     "env": "print the installation: versions, devices, backends",
 }
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
     _quieten()
     try:
-        importlib.import_module(f"fastqadapter.commands.{name}").main(rest)
+        importlib.import_module(f"fastqadapter.commands.{name.replace('-', '_')}").main(rest)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`: who read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<13}{text}" for name, text in COMMANDS.items()]
     return "\n".join(["usage: fastqadapter COMMAND [options]    (COMMAND --help lists them)", "", *lines])
 
 

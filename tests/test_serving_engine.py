@@ -1,0 +1,296 @@
+"""Q-Adapters on the real vLLM engine, against `generate` in float32. `.ci/serving` runs this in vLLM's environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed: .ci/serving runs these tests in an environment that has it")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engines in this process: no server per test
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+
+from fastqadapter.demo.smollm import demo_model_folder
+from fastqadapter.integrations.vllm.export import export_for_vllm
+from fastqadapter.models import QAdapterModel
+from serving import Answer, generated, load_all, save_adapters, save_tiny
+
+TOKENS = 48
+DIALS: list[dict[str, Any]] = [
+    {},
+    {"alpha_0": 0.5, "alpha_tilde": 0.7},
+    {"adapters": "short", "alpha_tilde": 2.0},
+    {"adapters": "short=0.4", "alpha_0": 1.5},
+]
+QUESTIONS = [
+    "What is the capital of France?", "Why is the sky blue?", "Name three animals.", "How do I boil an egg?",
+    "What is 7 times 6?", "Write a line about rain.", "Who wrote Hamlet?", "What does a bee make?",
+    "How many days has a week?", "Translate 'good morning' into Spanish.", "What is water made of?",
+    "Give me a synonym of fast.", "Is the moon a planet?", "What do plants need?", "Count to five.",
+    "Which colour is a banana?", "What is the opposite of hot?", "Tell me a joke.", "What is gravity?",
+    "Where do penguins live?",
+]  # fmt: skip
+
+
+class Served:
+    """A base with its adapters: the folder, the model of transformers, prompts."""
+
+    def __init__(
+        self, root: Path, base: Path, kv_mode: str, architecture: str = "llama", std: float = 0.05, **export: Any
+    ):
+        self.base = base
+        self.adapters = save_adapters(base, root / "trained", kv_mode, architecture, std)
+        self.folder = export_for_vllm(base, self.adapters, root / "served", **export)
+        self.model: QAdapterModel = load_all(base, self.adapters)
+
+
+def engine(folder: Path, **options: Any) -> LLM:
+    settings = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "max_num_seqs": 16}
+    return LLM(model=str(folder), disable_log_stats=False, **(settings | options))
+
+
+def params(extra: dict[str, Any], tokens: int = TOKENS, **options: Any) -> SamplingParams:
+    options = {"temperature": 0.0, "logprobs": 1, "ignore_eos": True} | options
+    return SamplingParams(max_tokens=tokens, extra_args=extra or None, **options)
+
+
+def answers(
+    llm: LLM, prompts: list[list[int]], extras: list[dict[str, Any]], tokens: int = TOKENS, **options: Any
+) -> list[Answer]:
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [params(extra, tokens, **options) for extra in extras],
+        use_tqdm=False,
+    )
+    found = []
+    for output in outputs:
+        [completion] = output.outputs
+        tokens_of = list(completion.token_ids)
+        log_probs = [step[token].logprob for step, token in zip(completion.logprobs, tokens_of, strict=True)]
+        found.append(Answer(tokens_of, log_probs))
+    return found
+
+
+def assert_same(found: list[Answer], expected: list[Answer], tolerance: float = 1e-3) -> None:
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one.tokens == other.tokens, f"request {number}"
+        assert one.log_probs == pytest.approx(other.log_probs, abs=tolerance), f"request {number}"
+
+
+def random_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    return [torch.randint(5, 97, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(tmp_path_factory.mktemp("smollm"), demo_model_folder(), "shared", std=0.02)
+
+
+@pytest.fixture(scope="module")
+def questions(smollm: Served) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm.folder)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+
+
+@pytest.fixture(scope="module")
+def llm(smollm: Served) -> Iterator[LLM]:
+    yield engine(smollm.folder)
+
+
+def test_twenty_prompts_are_those_of_generate(smollm: Served, llm: LLM, questions: list[list[int]]) -> None:
+    expected = [generated(smollm.model, prompt, TOKENS, {}) for prompt in questions]
+    assert_same(answers(llm, questions, [{}] * len(questions)), expected)
+    base = [generated(smollm.model, prompt, TOKENS, {"adapters": {"polite": 0.0}}) for prompt in questions]
+    assert sum(one.tokens == other.tokens for one, other in zip(base, expected, strict=True)) < len(questions) / 2
+
+
+def test_a_batch_of_different_dials_is_its_single_runs(smollm: Served, llm: LLM, questions: list[list[int]]) -> None:
+    prompts, extras = questions[:16], DIALS * 4
+    together = answers(llm, prompts, extras)
+    alone = [answers(llm, [prompt], [extra])[0] for prompt, extra in zip(prompts, extras, strict=True)]
+    assert_same(together, alone)
+    expected = [generated(smollm.model, *each) for each in zip(prompts[:4], [TOKENS] * 4, extras[:4], strict=True)]
+    assert_same(together[:4], expected)
+
+
+def test_prompt_logprobs_are_of_the_policy(smollm: Served, llm: LLM, questions: list[list[int]]) -> None:
+    """Every token of such a request has a Q row; its neighbour in the batch has one."""
+    prompt = questions[0]
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt}, {"prompt_token_ids": questions[1]}],
+        [params({}, 1, prompt_logprobs=0), params({}, 1)],
+        use_tqdm=False,
+    )
+    found = [step[token].logprob for step, token in zip(outputs[0].prompt_logprobs[1:], prompt[1:], strict=True)]
+    with torch.no_grad():
+        rows = smollm.model(input_ids=torch.tensor([prompt])).logits[0].double().log_softmax(dim=-1)
+    assert found == pytest.approx([float(rows[i, token]) for i, token in enumerate(prompt[1:])], abs=1e-3)
+
+
+def test_sampling_follows_the_policy(smollm: Served, llm: LLM, questions: list[list[int]]) -> None:
+    """Seeds, several answers to one prompt, stop strings, a choice that is forced."""
+    seeded = [answers(llm, questions[:2], [{}, DIALS[2]], temperature=1.0, seed=5) for _ in range(2)]
+    assert seeded[0] == seeded[1]
+    [output] = llm.generate([{"prompt_token_ids": questions[0]}], [params({}, 8, n=3, temperature=1.0)], use_tqdm=False)
+    assert len({tuple(each.token_ids) for each in output.outputs}) > 1
+    greedy = llm.generate([{"prompt_token_ids": questions[0]}], [params({}, 20)], use_tqdm=False)[0].outputs[0].text
+    stop = greedy.split()[3]
+    [output] = llm.generate([{"prompt_token_ids": questions[0]}], [params({}, 20, stop=[stop])], use_tqdm=False)
+    assert output.outputs[0].text == greedy[: greedy.index(stop)] and output.outputs[0].stop_reason == stop
+    forced = StructuredOutputsParams(choice=["blue", "green"])
+    chosen = params({}, 8, structured_outputs=forced, ignore_eos=False)
+    [output] = llm.generate([{"prompt_token_ids": questions[1]}], [chosen], use_tqdm=False)
+    assert output.outputs[0].text in ("blue", "green")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"adapters": "rude"}, "'rude' is not served"),
+        ({"alpha_tilde": -1}, "alpha_tilde=-1"),
+        ({"alpha0": 1}, "did you mean"),
+    ],
+)
+def test_a_bad_request_is_refused_and_the_engine_goes_on(
+    llm: LLM, questions: list[list[int]], extra: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(VLLMValidationError, match=message):
+        answers(llm, questions[:1], [extra])
+    assert len(answers(llm, questions[:1], [{}], tokens=2)[0].tokens) == 2
+
+
+def test_kv_blocks_are_those_of_the_base(smollm: Served, llm: LLM) -> None:
+    def blocks(engine: LLM) -> int:
+        config: VllmConfig = engine.llm_engine.vllm_config
+        return int(config.cache_config.num_gpu_blocks)
+
+    assert blocks(llm) == blocks(engine(smollm.base))
+
+
+def test_prefix_cache(smollm: Served, llm: LLM) -> None:
+    """Blocks hold the base's K/V: what one adapter's request has written serves another's."""
+    torch.manual_seed(0)
+    shared = torch.randint(1000, 40000, (300,)).tolist()
+    prompts = [[*shared, 1000 + i] for i in range(4)]
+    without = answers(engine(smollm.folder, enable_prefix_caching=False), prompts, DIALS, tokens=16)
+    for prompt, extra, expected in zip(prompts, DIALS, without, strict=True):
+        [output] = llm.generate([{"prompt_token_ids": prompt}], [params(extra, 16)], use_tqdm=False)
+        assert list(output.outputs[0].token_ids) == expected.tokens
+    assert output.num_cached_tokens == 256  # two blocks of 128
+
+
+def test_preemption_loses_nothing(smollm: Served, llm: LLM, questions: list[list[int]]) -> None:
+    """16 requests that need two blocks each, and room for ten."""
+    prompts, extras = questions[:16], DIALS * 4
+    small = engine(smollm.folder, num_gpu_blocks_override=10)
+    found = answers(small, prompts, extras, tokens=120)
+    [preempted] = [metric.value for metric in small.get_metrics() if metric.name == "vllm:num_preemptions"]
+    assert preempted > 0
+    assert [one.tokens for one in found] == [one.tokens for one in answers(llm, prompts, extras, tokens=120)]
+
+
+def test_chunked_prefill(smollm: Served, questions: list[list[int]]) -> None:
+    chunked = engine(smollm.folder, max_num_batched_tokens=64, max_num_seqs=8)
+    prompts = [questions[0] * 4, questions[1], questions[2] * 3]
+    expected = [generated(smollm.model, *each) for each in zip(prompts, [16] * 3, DIALS[:3], strict=True)]
+    assert_same(answers(chunked, prompts, DIALS[:3], tokens=16), expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kv_mode", "options"),
+    [
+        ("llama", "separate", {}),
+        ("llama", "shared", {"enforce_eager": False}),
+        ("mistral", "shared", {}),
+        ("qwen3", "shared", {}),
+        ("qwen3", "separate", {}),
+        ("granite", "shared", {}),  # through the Transformers backend, as the next
+        ("granite", "separate", {}),
+        ("gemma3", "shared", {}),
+    ],
+)
+def test_architectures_and_modes(tmp_path: Path, architecture: str, kv_mode: str, options: dict[str, Any]) -> None:
+    served = Served(tmp_path, save_tiny(tmp_path / "base", architecture), kv_mode, architecture, std=0.3)
+    prompts, extras = random_prompts(8, 60), DIALS * 2
+    expected = [generated(served.model, *each) for each in zip(prompts, [24] * 8, extras, strict=True)]
+    assert_same(answers(engine(served.folder, **options), prompts, extras, tokens=24), expected)
+
+
+def test_two_adapters_in_one_request(tmp_path: Path) -> None:
+    served = Served(tmp_path, save_tiny(tmp_path / "base", "llama"), "shared", std=0.3, max_adapters=2)
+    extras = [
+        {"adapters": {"polite": 0.7, "short": -0.5}},
+        {},
+        {"adapters": {"short": 1.0}},
+        {"adapters": {"short": 0.3, "polite": 0.3}},
+    ]
+    prompts = random_prompts(4, 60)
+    expected = [generated(served.model, *each) for each in zip(prompts, [24] * 4, extras, strict=True)]
+    assert_same(answers(engine(served.folder), prompts, extras, tokens=24), expected)
+
+
+# Refused at the start
+
+
+def broken(tmp_path: Path, change: Callable[[Path], None]) -> Path:
+    served = Served(tmp_path, save_tiny(tmp_path / "base", "llama"), "shared")
+    change(served.folder)
+    return served.folder
+
+
+def poison(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapters" / "short" / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def other_base(folder: Path) -> None:
+    other = save_tiny(folder.parent / "wider", "llama")
+    adapters = save_adapters(other, folder.parent / "others", "shared")
+    (folder / "adapters" / "short" / "adapter_model.safetensors").write_bytes(
+        (adapters["short"] / "adapter_model.safetensors").read_bytes()[:100]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (poison, "are not finite; the run that made them diverged"),
+        (lambda folder: (folder / "adapters" / "short" / "adapter_model.safetensors").unlink(), "adapter_model"),
+        (other_base, "adapter_model"),
+    ],
+    ids=["NaN", "missing", "torn"],
+)
+def test_a_bad_folder_is_refused_at_the_start(tmp_path: Path, change: Callable[[Path], None], message: str) -> None:
+    folder = broken(tmp_path, change)
+    with pytest.raises(Exception, match=message):
+        engine(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_lora": True}, "LoRA"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
+    ],
+)
+def test_options_that_do_not_go_with_it(smollm: Served, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine(smollm.folder, **options)
