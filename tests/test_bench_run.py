@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastqadapter.commands.bench import write_results
+from fastqadapter.commands.bench import _check_peers, write_results
 from fastqadapter_benchmarks.results import read_results
 from fastqadapter_benchmarks.run_suites import _prepare, locked
 from fastqadapter_benchmarks.settings import Settings
@@ -85,19 +85,29 @@ def test_a_suite_that_fails_is_named_and_the_others_are_kept(workplace: Path) ->
     assert "has 3 pairs of at most" in done.stdout  # the reason
     assert "FAILED, and not or only partly in the tables: files" in done.stderr
     assert {result.suite for result in read_results(workplace / "few" / "benchmark.json")} >= {"loss"}
-    (workplace / "few" / "suites" / "mine.json").write_text("my own")
     again = bench(workplace, *options, "--only", "step", "loss")
     assert again.returncode == 2 and "has 3 pairs of at most" in again.stderr  # before anything is run or lost
-    nobody = bench(workplace, *options[:2], "--only", "loss", "--peers", "nobody", "--output_dir", "few")
-    assert nobody.returncode == 2 and "--peers nobody: no competitor has that in its name" in nobody.stderr
-    assert (workplace / "few" / "previous" / "benchmark.json").is_file()
-    assert (workplace / "few" / "previous" / "suites" / "mine.json").read_text() == "my own"
+    with pytest.raises(ValueError, match="--peers nobody: no competitor has that in its name; these ran"):
+        _check_peers(["eager", "nobody"], read_results(workplace / "few" / "benchmark.json"))
 
 
-def test_a_folder_is_for_one_run(workplace: Path) -> None:
-    with locked(workplace / "busy"):
-        done = bench(workplace, "--output_dir", "busy")
-    assert done.returncode == 2 and "another run is using it; name another folder" in done.stderr
+def test_a_folder_is_for_one_run(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path),
+        pytest.raises(ValueError, match="another run is using it; name another folder"),
+        locked(tmp_path),
+    ):
+        pass
+
+
+def test_an_earlier_run_is_moved_aside(tmp_path: Path) -> None:
+    (tmp_path / "suites").mkdir()
+    for name in ("benchmark.json", "suites/loss.json", "suites/mine.json", "mine.md"):
+        (tmp_path / name).write_text(name)
+    _prepare(tmp_path, ["key"], resume=False)
+    assert (tmp_path / "mine.md").is_file() and not (tmp_path / "benchmark.json").exists()
+    for name in ("benchmark.json", "suites/loss.json", "suites/mine.json"):
+        assert (tmp_path / "previous" / name).read_text() == name
 
 
 def test_a_torn_suite_runs_again(tmp_path: Path) -> None:

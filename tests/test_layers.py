@@ -18,7 +18,7 @@ LAYERS = [
     {"loss"},
     {"models", "data", "environment", "monitor"},
     {"trainer"},
-    {"demo"},
+    {"demo", "integrations"},
     {"commands"},
     {"cli"},
     {"__main__"},
