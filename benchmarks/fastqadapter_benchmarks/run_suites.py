@@ -42,7 +42,7 @@ def locked(output: Path) -> Iterator[None]:
         ValueError: another run has it.
     """
     output.mkdir(parents=True, exist_ok=True)
-    before = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with FileLock(output / ".lock", timeout=0):
             yield

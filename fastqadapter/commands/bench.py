@@ -142,9 +142,11 @@ def _run_and_report(arguments: argparse.Namespace, command: str) -> list[Result]
 
 
 def _check_peers(words: list[str], found: list[Result]) -> None:
+    from fastqadapter_benchmarks.settings import Settings
+
     labels = {label for result in found for label in (*result.seconds[result.metric], *result.absent)}
     for word in words:
-        if not any(word.lower() in label.lower() for label in labels):
+        if not any(map(Settings(peers=(word,)).asks_for, labels)):
             names = "; ".join(sorted(labels))
             raise ArgumentError(f"--peers {word}: no competitor has that in its name; these ran or could not: {names}")
 

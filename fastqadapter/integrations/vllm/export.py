@@ -56,12 +56,13 @@ def export_for_vllm(
     if output.exists() and not _is_export(output) and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} holds something else than an earlier export: name another folder")
     source = _folder(base, None)
+    files = _base_files(source)  # before the weights are loaded: a mistake in them shows at once
     folders = {name: _folder(path, list(ADAPTER_FILES)) for name, path in adapters.items()}
     config, served = _checked(source, str(base), folders, max_adapters)
     part = output.with_name(output.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for file in _base_files(source):
+    for file in files:
         if copy:
             shutil.copyfile(file, part / file.name)
         else:

@@ -54,5 +54,5 @@ class QAdapterModelState(DefaultModelState):
         requests = self.requests
         decodes = starts == list(range(len(places) + 1)) and padded <= self.max_num_reqs
         if decodes:
-            return self.buffers.filled([requests.dials[place] for place in places], padded)
+            return self.buffers.filled([requests.asked[place][0] for place in places], padded)
         return requests.rows(starts, self.device, places)

@@ -30,36 +30,31 @@ class Requests:
 
     def __init__(self, served: Served) -> None:
         self.served = served
-        self.dials: dict[int, RequestDials] = {}
-        self.every_token: dict[int, bool] = {}  # prompt logprobs are wanted
+        self.asked: dict[int, tuple[RequestDials, bool]] = {}  # whether every token has rows: for prompt logprobs
         self.changes = 0
 
     def put(self, place: int, params: Any) -> None:
-        self.dials[place] = self.served.request(params.extra_args)
-        self.every_token[place] = params.prompt_logprobs is not None
+        self.asked[place] = self.served.request(params.extra_args), params.prompt_logprobs is not None
         self.changes += 1
 
     def remove(self, place: int) -> None:
-        self.dials.pop(place, None)
-        self.every_token.pop(place, None)
+        self.asked.pop(place, None)
         self.changes += 1
 
     def move(self, source: int, target: int, swap: bool) -> None:
-        tables: tuple[dict[int, Any], ...] = self.dials, self.every_token
-        for table in tables:
-            moved, other = table.pop(source), table.pop(target, None)
-            table[target] = moved
-            if swap and other is not None:
-                table[source] = other
+        moved, other = self.asked.pop(source), self.asked.pop(target, None)
+        self.asked[target] = moved
+        if swap and other is not None:
+            self.asked[source] = other
         self.changes += 1
 
     def rows(self, starts: Sequence[int], device: torch.device, places: Sequence[int] | None = None) -> QRows | None:
         """The rows of a step in which the request at `places[i]`, or i, has tokens `starts[i]` to `starts[i + 1]`."""
         places = range(len(starts) - 1) if places is None else places
         everywhere = self.served.kv_mode == "separate"  # each token has K/V of its own there
-        dials = [self.dials.get(place, BASE) for place in places]
-        every_token = [everywhere or self.every_token.get(place, False) for place in places]
-        return rows_of_step(starts, dials, every_token, device)
+        asked = [self.asked.get(place, (BASE, False)) for place in places]
+        every_token = [everywhere or every for _, every in asked]
+        return rows_of_step(starts, [dials for dials, _ in asked], every_token, device)
 
 
 class QAdapterRequests(LogitsProcessor, LogitsProcessorV2):

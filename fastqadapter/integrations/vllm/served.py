@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import math
-import types
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -46,7 +45,15 @@ class Served:
         Raises:
             ValueError: there is none in it, or one of another version.
         """
-        found = getattr(hf_config, KEY, None)
+        return Served.from_dict(getattr(hf_config, KEY, None))
+
+    @staticmethod
+    def from_dict(found: Any) -> Served:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: none was given, or one of another version.
+        """
         if not isinstance(found, Mapping):
             raise ValueError(f"config.json has no {KEY!r} entry: make the folder with `fastqadapter export-vllm`")
         if found.get("format") != FORMAT:
@@ -71,7 +78,7 @@ class Served:
             config = {}
         if not isinstance(config, dict) or KEY not in config:
             raise ValueError(f"{folder} is not a folder that `fastqadapter export-vllm` wrote")
-        return Served.of(types.SimpleNamespace(**{KEY: config[KEY]}))
+        return Served.from_dict(config[KEY])
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
@@ -81,7 +88,7 @@ class Served:
 
     @staticmethod
     def from_json(text: str) -> Served:
-        return Served.of(types.SimpleNamespace(**{KEY: json.loads(text)}))
+        return Served.from_dict(json.loads(text))
 
     @property
     def names(self) -> list[str]:

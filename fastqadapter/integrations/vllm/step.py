@@ -20,7 +20,7 @@ class Step:
         self.rows: QRows | None = None
         self.dtype, self.device = dtype, device  # of masks
         self._columns: dict[tuple[int, ...], Tensor] = {}
-        self._masks: dict[tuple[int, ...], Tensor | None] = {}
+        self._masks: dict[tuple[int, ...], Tensor] = {}
 
     @contextlib.contextmanager
     def running(self, tokens: int, rows: QRows | None) -> Iterator[None]:
@@ -33,14 +33,14 @@ class Step:
 
     def mask(self, columns: tuple[int, ...]) -> Tensor | None:
         """(R, columns): 1 where a column is of the adapter of the row; None where all are."""
+        if self.adapters == 1:
+            return None
         if columns not in self._masks:
             self._masks[columns] = self._new_mask(columns)
         return self._masks[columns]
 
-    def _new_mask(self, columns: tuple[int, ...]) -> Tensor | None:
+    def _new_mask(self, columns: tuple[int, ...]) -> Tensor:
         assert self.rows is not None
-        if self.adapters == 1:
-            return None
         if columns not in self._columns:
             self._columns[columns] = torch.tensor(columns, device=self.device)
         return (self.rows.adapters[:, None] == self._columns[columns]).to(self.dtype)
