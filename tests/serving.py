@@ -21,9 +21,10 @@ from words import word_tokenizer
 ADAPTERS = ("polite", "short")
 
 
-def save_tiny(folder: Path, architecture: str) -> Path:
+def save_tiny(folder: Path, architecture: str, **overrides: int) -> Path:
     """Heads of 32, which vLLM's attention on a CPU wants."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= overrides
     model = tiny_base(architecture, **sizes, head_dim=32, max_position_embeddings=512)
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 
 from fastqadapter.integrations.vllm.requests import processor_name
 from fastqadapter.integrations.vllm.served import Served
+from fastqadapter.integrations.vllm.weights import read_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +24,11 @@ class EngineCheck(VerifyAndUpdateConfig):
         """Refuse what does not go with two streams, and let requests carry dials.
 
         Raises:
-            ValueError: an option that does not go with Q-Adapters; one line, with the remedy.
+            ValueError: an option that does not go with Q-Adapters, or a broken adapter; one line, with the remedy.
         """
         served = Served.of(vllm_config.model_config.hf_config)
         _check_options(vllm_config)
+        read_adapters(vllm_config.model_config.model, served)  # a mistake in them is told here, not in a worker's log
         if served.kv_mode == "separate" and len(served.adapters) > 1 and vllm_config.cache_config.enable_prefix_caching:
             # A block is found by its tokens, and each adapter has K/V of its own for the same ones.
             logger.warning("prefix caching is off: several adapters in kv_mode 'separate'")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from fastqadapter.config import CONFIG_NAME
 from fastqadapter.integrations.vllm import served_architecture
 from fastqadapter.integrations.vllm.served import KEY, Served, ServedAdapter
+from fastqadapter.integrations.vllm.weights import ADAPTERS, read_adapter
 from fastqadapter.models import QAdapterModel
 from fastqadapter.models.base import lm_head_of
 
@@ -58,6 +59,8 @@ def export_for_vllm(
     source = _folder(base, None)
     files = _base_files(source)  # before the weights are loaded: a mistake in them shows at once
     folders = {name: _folder(path, list(ADAPTER_FILES)) for name, path in adapters.items()}
+    for folder in folders.values():
+        read_adapter(folder)
     config, served = _checked(source, str(base), folders, max_adapters)
     part = output.with_name(output.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -68,9 +71,9 @@ def export_for_vllm(
         else:
             os.symlink(file.resolve(), part / file.name)
     for name, folder in folders.items():
-        (part / "adapters" / name).mkdir(parents=True)
+        (part / ADAPTERS / name).mkdir(parents=True)
         for file_name in ADAPTER_FILES:
-            shutil.copyfile(folder / file_name, part / "adapters" / name / file_name)
+            shutil.copyfile(folder / file_name, part / ADAPTERS / name / file_name)
     content = {**config, "architectures": [_architecture(config)], KEY: served.to_dict()}
     (part / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if output.exists():

@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
@@ -29,40 +24,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from fastqadapter.integrations.vllm.step import Step
-
-PREFIX, SUFFIXES = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
-Pair = tuple[Tensor, Tensor]  # A (r, D_in), B (D_out, r) times its scaling; fp32
-
-
-def read_adapter(folder: Path) -> dict[str, Pair]:
-    """Name of the layer -> its weights.
-
-    Raises:
-        ValueError: what the folder holds is not LoRA on linear layers alone, or not finite.
-    """
-    config = LoraConfig.from_pretrained(str(folder))
-    if config.use_dora or config.bias != "none":
-        raise ValueError(f"{folder}: use_dora and bias are not supported here: plain LoRA alone")
-    weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    pairs: dict[str, Pair] = {}
-    for key in weights:
-        name = key.removeprefix(PREFIX).removesuffix(SUFFIXES[0])
-        if key.endswith(SUFFIXES[1]):
-            continue
-        if not key.endswith(SUFFIXES[0]):
-            raise ValueError(f"{folder}: {key} is no LoRA weight of a linear layer")
-        other = f"{PREFIX}{name}{SUFFIXES[1]}"
-        if other not in weights:
-            raise ValueError(f"{folder}: the weight file misses {other}")
-        a, b = weights[key].float(), weights[other].float()
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise ValueError(f"{folder}: the weights of {name} are not finite; the run that made them diverged")
-        rank = len(a)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-        pairs[name] = a, b * (alpha / rank**0.5 if config.use_rslora else alpha / rank)
-    if not pairs:
-        raise ValueError(f"{folder}: no LoRA weights in {SAFETENSORS_WEIGHTS_NAME}")
-    return pairs
+from fastqadapter.integrations.vllm.weights import Pair
 
 
 @dataclasses.dataclass

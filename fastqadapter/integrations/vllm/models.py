@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from vllm.forward_context import get_forward_context
 
 from fastqadapter.integrations.vllm import ARCHITECTURE_PREFIX, NATIVE, TRANSFORMERS
 from fastqadapter.integrations.vllm.attention import check_attention, own_kv, share_kv
-from fastqadapter.integrations.vllm.lora import attach, read_adapter
+from fastqadapter.integrations.vllm.lora import attach
 from fastqadapter.integrations.vllm.requests import Requests
 from fastqadapter.integrations.vllm.rows import QRows
 from fastqadapter.integrations.vllm.served import Served
 from fastqadapter.integrations.vllm.step import Step
+from fastqadapter.integrations.vllm.weights import read_adapters
 
 
 class TwoStreams:
@@ -42,8 +42,7 @@ class TwoStreams:
                 share_kv(layer, self.step, served.max_adapters)
             else:
                 own_kv(layer, self.step, vllm_config)
-        root = Path(model_config.model)
-        adapters = {name: read_adapter(root / "adapters" / name) for name in served.names}
+        adapters = read_adapters(model_config.model, served)
         attach(self, adapters, self.step, vllm_config.compilation_config.static_forward_context)  # type: ignore[arg-type]
         self._last: tuple[Any, QRows | None] = (None, None)
 
