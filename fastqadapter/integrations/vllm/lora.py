@@ -69,7 +69,7 @@ class LayerLora:
             low_rank *= mask
         own = y[step.tokens :]
         for columns, outputs, b in self.products:
-            own[:, outputs] += low_rank[:, columns] @ b
+            own[:, outputs].add_(low_rank[:, columns] @ b)  # `+=` would copy the slice onto itself as well
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Mapping[str, Pair]], step: Step, layers: dict[str, Any]) -> None:
