@@ -1,4 +1,4 @@
-"""The command `fastqadapter`: demo | train | generate | export-vllm | serve | bench | env.
+"""The command `fastqadapter`: demo | train | generate | eval | export-vllm | serve | bench | env.
 
 A user's mistake is one line on stderr and exit code 2.
 """
@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "train a Q-Adapter on a small real model and show before and after",
     "train": "train a Q-Adapter on preference pairs",
     "generate": "generate with the customised policy: a prompt, a file of prompts, or a chat",
+    "eval": "measure what adapters have learned and what the model has forgotten, for many dials",
     "export-vllm": "write a folder that vLLM serves: a base model with its adapters",
     "serve": "serve such a folder: an OpenAI-compatible server, by vLLM",
     "bench": "measure training, loss and generation against other ways to do the same",

@@ -15,7 +15,7 @@ from fastqadapter import ops
 from fastqadapter.config import QAdapterConfig
 from fastqadapter.ops.checks import accumulation_dtype
 from fastqadapter.ops.preference_loss import Pairs, branch_sums
-from fastqadapter.packing import GroupLayout, PackedPairs
+from fastqadapter.packing import PackedPairs
 
 
 class NonFiniteLossError(RuntimeError):
@@ -64,7 +64,7 @@ def pair_transitions(batch: PackedPairs, config: QAdapterConfig) -> Transitions:
     for (prompt, *responses), group in zip(batch.lengths, batch.layout, strict=True):
         for branch, length in enumerate(responses):
             scored = _scored_steps(config, prompt, length, longest)
-            rows = _branch_rows(group, branch)
+            rows = group.states_of(branch)
             states.extend(rows[step] for step in scored)
             action_index.extend(actions + step for step in scored)
             value_rows.extend(_value_row(config, rows, step) for step in scored)
@@ -110,12 +110,6 @@ def _scored_steps(config: QAdapterConfig, prompt: int, length: int, longest: int
     if config.scored_states == "response":
         return range(length)
     return range(1, length + (1 if prompt + length < longest else 0))
-
-
-def _branch_rows(group: GroupLayout, branch: int) -> list[int]:
-    """State rows of one branch: the shared last prompt token, then the inputs of the response."""
-    inputs = group.branch_states[branch]
-    return [group.first_state, *range(inputs.start, inputs.stop)]
 
 
 def _value_row(config: QAdapterConfig, rows: list[int], step: int) -> int:

@@ -26,6 +26,11 @@ class GroupLayout:
     first_state: int  # state row of the last prompt token, shared by all branches
     branch_states: tuple[slice, ...]  # state rows of each response's inputs
 
+    def states_of(self, branch: int) -> list[int]:
+        """The state rows of one response: the shared last prompt token, then its inputs."""
+        inputs = self.branch_states[branch]
+        return [self.first_state, *range(inputs.start, inputs.stop)]
+
 
 @dataclasses.dataclass(frozen=True)
 class PackedPairs:

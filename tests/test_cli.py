@@ -13,7 +13,7 @@ import pytest
 
 import fastqadapter
 from fastqadapter import cli
-from fastqadapter.commands.generate import _name_adapters
+from fastqadapter.commands.adapters import name_adapters
 from words import save_base, word_rows
 
 
@@ -215,22 +215,22 @@ def test_adapters_get_free_names() -> None:
         (["adapter1=a", "b", "c"], {"adapter1": "a", "adapter2": "b", "adapter3": "c"}),
         (["a", "default=b"], {"adapter1": "a", "default": "b"}),
     ):
-        assert _name_adapters(arguments) == (folders, dict.fromkeys(folders, 1.0))
+        assert name_adapters(arguments) == (folders, dict.fromkeys(folders, 1.0))
     with pytest.raises(ValueError, match="'x' names two of them"):
-        _name_adapters(["x=a", "x=b"])
+        name_adapters(["x=a", "x=b"])
     for argument in ("a==1", "a=", "=0.5", ""):
         with pytest.raises(ValueError, match=f"adapter='{argument}' names no folder"):
-            _name_adapters([argument])
-    assert set(_name_adapters(["adapter1", "adapter2", "adapter3"])[0].values()) == {"adapter1", "adapter2", "adapter3"}
+            name_adapters([argument])
+    assert set(name_adapters(["adapter1", "adapter2", "adapter3"])[0].values()) == {"adapter1", "adapter2", "adapter3"}
 
 
 def test_adapters_have_weights(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     weighted = ["a=1.0", "polite=b=0.5", "runs/c=-2", "name=d"]
     folders = {"default": "a", "polite": "b", "adapter1": "runs/c", "name": "d"}
-    assert _name_adapters(weighted) == (folders, {"default": 1.0, "polite": 0.5, "adapter1": -2.0, "name": 1.0})
+    assert name_adapters(weighted) == (folders, {"default": 1.0, "polite": 0.5, "adapter1": -2.0, "name": 1.0})
     (tmp_path / "lr=0.1").mkdir()  # a folder may be named so
-    assert _name_adapters(["lr=0.1", "best=lr=0.1", "lr=0.1=0.5"]) == (
+    assert name_adapters(["lr=0.1", "best=lr=0.1", "lr=0.1=0.5"]) == (
         {"default": "lr=0.1", "best": "lr=0.1", "adapter1": "lr=0.1"},
         {"default": 1.0, "best": 1.0, "adapter1": 0.5},
     )

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from fastqadapter.demo import smollm
-from fastqadapter.demo.facts import SHORT_FAMILIES
 from fastqadapter.demo.preference import (
     conciseness,
     main,
@@ -24,6 +23,7 @@ from fastqadapter.demo.preference import (
     sample_questions,
 )
 from fastqadapter.demo.questions import OPEN_FAMILIES, UNSEEN_FAMILIES
+from fastqadapter.evaluation.facts import SHORT_FAMILIES
 from fastqadapter.rows import read_rows
 
 PAIRS_SHA256 = "87d96e304acc8721c8e8682349deb6dc3ccb6c4e5f25e5c4c6135da7f0ead52d"

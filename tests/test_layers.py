@@ -17,7 +17,7 @@ LAYERS = [
     {"ops"},
     {"loss"},
     {"models", "data", "environment", "monitor"},
-    {"trainer"},
+    {"trainer", "evaluation"},
     {"demo", "integrations"},
     {"commands"},
     {"cli"},

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from transformers.utils import logging as transformers_logging
 
 from fastqadapter.commands.parsing import NEGATIVE_NUMBER, ArgumentError, OneLineParser
+from fastqadapter.data import read_rows
+from fastqadapter.rows import OnBadRow
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -101,3 +103,19 @@ def load_model_and_tokenizer(arguments: ModelArguments) -> tuple[PreTrainedModel
         raise ArgumentError(f"model_name_or_path={name!r} cannot be loaded: {reason}") from error
     placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
     return model if placed or not torch.cuda.is_available() else model.to("cuda"), tokenizer
+
+
+def load_rows(option: str, name: str, split: str, *, config: str | None = None, on_bad_row: OnBadRow = "raise") -> Any:
+    """The rows of a file, or of a split of a hub dataset; `option` names it in errors."""
+    if Path(name).is_file():
+        return read_rows(name, on_bad_row=on_bad_row)
+    if Path(name).suffix in (".json", ".jsonl"):
+        raise ArgumentError(f"{option}={name!r}: no such file")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ArgumentError(f"{option}={name!r} is no file, and hub datasets need `pip install datasets`") from None
+    splits = load_dataset(name, config)
+    if split not in splits:
+        raise ArgumentError(f"{option}={name!r} has no split {split!r}; it has {sorted(splits)}")
+    return splits[split]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from fastqadapter.commands.arguments import ModelArguments, OneLineHfParser, load_model_and_tokenizer
+from fastqadapter.commands.adapters import BaseArguments, load_adapters, name_adapters
+from fastqadapter.commands.arguments import OneLineHfParser, load_model_and_tokenizer
 from fastqadapter.commands.parsing import ArgumentError
-from fastqadapter.config import CONFIG_NAME
 from fastqadapter.models import QAdapterModel
 from fastqadapter.prompts import Messages, encode_chats
 
@@ -91,15 +89,6 @@ class GenerateArguments:
             raise ArgumentError("--output_file goes with --prompts_file")
 
 
-@dataclasses.dataclass
-class BaseArguments(ModelArguments):
-    """As in training, but the adapter knows its base."""
-
-    model_name_or_path: str | None = dataclasses.field(  # type: ignore[assignment]
-        default=None, metadata={"help": "folder or hub id of the base model; default: what the adapter names"}
-    )
-
-
 class Answerer:
     """A loaded model with its dials; answers lists of chats. `settings` is all that decides an answer."""
 
@@ -157,14 +146,8 @@ def _prompts(arguments: GenerateArguments) -> list[str | Messages] | None:
 
 
 def _load(arguments: GenerateArguments, base_arguments: BaseArguments) -> Answerer:
-    folders, weights = _name_adapters(arguments.adapter)
-    first, *others = folders
-    if base_arguments.model_name_or_path is None:
-        base_arguments.model_name_or_path = _base_of(folders[first])
-    base, tokenizer = load_model_and_tokenizer(base_arguments)
-    model = QAdapterModel.from_pretrained(base, folders[first], first, force=arguments.force)
-    for name in others:
-        model.load_adapter(folders[name], name, force=arguments.force)
+    folders, weights = name_adapters(arguments.adapter)
+    model, tokenizer = load_adapters(folders, base_arguments, force=arguments.force)
     options: dict[str, Any] = {
         "adapters": weights,
         "alpha_0": arguments.alpha_0,
@@ -182,7 +165,9 @@ def _load(arguments: GenerateArguments, base_arguments: BaseArguments) -> Answer
         settings["seed"] = arguments.seed
     if arguments.assistant_model is not None:
         settings["assistant_model"] = arguments.assistant_model
-        options["assistant_model"] = _load_assistant(arguments.assistant_model, base_arguments, base.config.vocab_size)
+        options["assistant_model"] = _load_assistant(
+            arguments.assistant_model, base_arguments, model.get_base_model().config.vocab_size
+        )
     return Answerer(model, tokenizer, options, settings)
 
 
@@ -197,54 +182,6 @@ def _load_assistant(name: str, base_arguments: BaseArguments, vocabulary: int) -
             f"assistant_model={name!r} has {found} tokens, the base {vocabulary}: their tokenizers differ"
         )
     return assistant
-
-
-def _name_adapters(arguments: list[str]) -> tuple[dict[str, str], dict[str, float]]:
-    """Folders and weights by name: `NAME=FOLDER`, or a folder alone under the first free name of "default",
-    "adapter1", ...; each may end in `=WEIGHT`."""
-    folders: dict[str, str] = {}
-    weights: dict[str, float] = {}
-    taken = {argument.partition("=")[0] for argument in arguments}
-    for index, argument in enumerate(arguments):
-        named_folder, weight = _split_weight(argument)
-        name, equals, folder = named_folder.partition("=")
-        if not equals or not name.isidentifier() or Path(named_folder).exists():
-            folder = named_folder
-            names = itertools.chain(["default"] if index == 0 else [], (f"adapter{n}" for n in itertools.count(1)))
-            name = next(each for each in names if each not in taken and each not in folders)
-        if not folder:
-            raise ArgumentError(
-                f"adapter={argument!r} names no folder: give FOLDER, FOLDER=WEIGHT or NAME=FOLDER=WEIGHT"
-            )
-        if name in folders:
-            raise ArgumentError(f"adapter={arguments}: {name!r} names two of them; give each a name of its own")
-        folders[name], weights[name] = folder, weight
-    return folders, weights
-
-
-def _split_weight(argument: str) -> tuple[str, float]:
-    """What stands before `=WEIGHT`, and the weight; 1 where there is none, as where all of it is a folder."""
-    named_folder, equals, last = argument.rpartition("=")
-    if not equals or Path(argument).exists() or Path(argument.partition("=")[2]).exists():
-        return argument, 1.0
-    try:
-        return named_folder, float(last)
-    except ValueError:
-        if Path(named_folder, CONFIG_NAME).exists():
-            raise ArgumentError(f"adapter={argument!r}: the weight {last!r} is no number") from None
-        return argument, 1.0
-
-
-def _base_of(folder: str) -> str:
-    """The base model that an adapter names."""
-    try:
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArgumentError(f"adapter={folder!r} is no folder or hub id of a trained adapter: {reason}") from None
-    if not base:
-        raise ArgumentError(f"adapter={folder!r} does not name its base model: give --model_name_or_path")
-    return base
 
 
 def _text(text: str) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 
 from peft import LoraConfig, TaskType
 
-from fastqadapter.commands.arguments import ModelArguments, OneLineHfParser, load_model_and_tokenizer
+from fastqadapter.commands.arguments import ModelArguments, OneLineHfParser, load_model_and_tokenizer, load_rows
 from fastqadapter.commands.parsing import ArgumentError
 from fastqadapter.config import QAdapterConfig
-from fastqadapter.data import read_rows
 from fastqadapter.monitor import last_checkpoint
 from fastqadapter.progress import show_metric_lines
 from fastqadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments
@@ -118,19 +117,7 @@ def _load_rows(script: ScriptArguments, args: QAdapterTrainingArguments) -> tupl
 
 
 def _rows_of(option: str, name: str, split: str, script: ScriptArguments, args: QAdapterTrainingArguments) -> Any:
-    """The rows of a file, or of a split of a hub dataset."""
-    if Path(name).is_file():
-        return read_rows(name, on_bad_row=args.on_bad_row)
-    if Path(name).suffix in (".json", ".jsonl"):
-        raise ArgumentError(f"{option}={name!r}: no such file")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ArgumentError(f"{option}={name!r} is no file, and hub datasets need `pip install datasets`") from None
-    splits = load_dataset(name, script.dataset_config)
-    if split not in splits:
-        raise ArgumentError(f"{option}={name!r} has no split {split!r}; it has {sorted(splits)}")
-    return splits[split]
+    return load_rows(option, name, split, config=script.dataset_config, on_bad_row=args.on_bad_row)
 
 
 def _checkpoint(args: QAdapterTrainingArguments) -> str | bool | None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from fastqadapter.evaluation.scores import Point, score_tokens
 from fastqadapter.models import QAdapterModel
-from fastqadapter.models.base import lm_head_of
-from fastqadapter.models.dials import Dials, combined_logits
 from fastqadapter.packing import PackedPairs, pack
 from fastqadapter.prompts import encode_chats
 
@@ -56,19 +53,8 @@ def pack_answers(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], ids
     return pack(groups)
 
 
-@torch.no_grad()
 def kl_from_base(model: QAdapterModel, batch: PackedPairs, strength: float = 1.0) -> float:
-    """Mean over the states of `batch` of `KL(pi || pi~)` in nats per token, `pi~` at the config's dials."""
+    """Mean over the response tokens of `batch` of `KL(pi || pi~)` in nats per token, `pi~` at the config's dials."""
     config = model.qadapter_config
-    hidden_q, hidden_b = model.hidden_states(batch.to(model.device))
-    head = lm_head_of(model.get_base_model())
-    dials = Dials(config.alpha_0, config.alpha_tilde, {"default": strength}, config.q_head or "difference")
-    base_mixture, mixture = Dials(1.0, 1.0, {}, "difference").mixture(head), dials.mixture(head)
-    total = 0.0
-    for rows in torch.arange(hidden_b.shape[0], device=hidden_b.device).split(256):
-        hidden = torch.stack([hidden_b[rows], hidden_q[rows]])[:, None]  # (S, B, L, D)
-        base = combined_logits(hidden[:1], head, base_mixture).float()
-        customised = combined_logits(hidden[: len(mixture.shares)], head, mixture).float()
-        log_pi, log_policy = F.log_softmax(base, dim=-1), F.log_softmax(customised, dim=-1)
-        total += (log_pi.exp() * (log_pi - log_policy)).sum().item()
-    return total / hidden_b.shape[0]
+    scores = score_tokens(model, batch, [Point(config.alpha_0, config.alpha_tilde, strength)])
+    return float(scores.kl.mean())

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastqadapter.demo.facts import SHORT_FAMILIES, Fact, Family, fill
 from fastqadapter.demo.questions import OPEN_FAMILIES, UNSEEN_FAMILIES
+from fastqadapter.evaluation.facts import SHORT_FAMILIES, Fact, Family, fill
 
 HELD_OUT_OF_SEEN_FAMILIES = 60
 MAX_CONCISE_WORDS, MAX_CONCISE_SENTENCES = 20, 2

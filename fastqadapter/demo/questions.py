@@ -6,7 +6,7 @@ held-out score is not memory.
 
 from __future__ import annotations
 
-from fastqadapter.demo.facts import Family, table
+from fastqadapter.evaluation.facts import Family, table
 
 OPEN_FAMILIES = (
     Family(
