@@ -18,10 +18,10 @@ from fastqadapter.models import QAdapterModel
 from tiny import lora_targets, tiny_base
 from words import word_tokenizer
 
-ADAPTERS = ("polite", "short")
+ADAPTERS = ("polite", "brief")
 
 
-def save_tiny(folder: Path, architecture: str, **overrides: int) -> Path:
+def save_tiny(folder: Path, architecture: str, **overrides: Any) -> Path:
     """Heads of 32, which vLLM's attention on a CPU wants."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= overrides
@@ -32,14 +32,19 @@ def save_tiny(folder: Path, architecture: str, **overrides: int) -> Path:
 
 
 def save_adapters(
-    base: Path, folder: Path, kv_mode: str, architecture: str = "llama", std: float = 0.05
+    base: Path,
+    folder: Path,
+    kv_mode: str,
+    architecture: str = "llama",
+    std: float = 0.05,
+    targets: list[str] | None = None,
 ) -> dict[str, Path]:
     """Two adapters with random weights, of different ranks."""
     saved = {}
     for seed, name in enumerate(ADAPTERS):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         config = fqa.QAdapterConfig(kv_mode=kv_mode, alpha_0=1.0 - 0.2 * seed, alpha_tilde=1.0 + 0.5 * seed)
-        lora = LoraConfig(r=8 - 4 * seed, lora_alpha=16, target_modules=lora_targets(architecture, kv_mode))
+        lora = LoraConfig(r=8 - 4 * seed, lora_alpha=16, target_modules=targets or lora_targets(architecture, kv_mode))
         wrapped = fqa.get_qadapter_model(model, config, lora)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

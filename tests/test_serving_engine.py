@@ -23,16 +23,18 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from fastqadapter.demo.smollm import demo_model_folder
+from fastqadapter.evaluation.scores import Point, score_tokens
 from fastqadapter.integrations.vllm.export import export_for_vllm
 from fastqadapter.models import QAdapterModel
+from fastqadapter.packing import pack
 from serving import Answer, generated, load_all, save_adapters, save_tiny
 
 TOKENS = 48
 DIALS: list[dict[str, Any]] = [
     {},
     {"alpha_0": 0.5, "alpha_tilde": 0.7},
-    {"adapters": "short", "alpha_tilde": 2.0},
-    {"adapters": "short=0.4", "alpha_0": 1.5},
+    {"adapters": "brief", "alpha_tilde": 2.0},
+    {"adapters": "brief=0.4", "alpha_0": 1.5},
 ]
 QUESTIONS = [
     "What is the capital of France?", "Why is the sky blue?", "Name three animals.", "How do I boil an egg?",
@@ -48,10 +50,17 @@ class Served:
     """A base with its adapters: the folder, the model of transformers, prompts."""
 
     def __init__(
-        self, root: Path, base: Path, kv_mode: str, architecture: str = "llama", std: float = 0.05, **export: Any
+        self,
+        root: Path,
+        base: Path,
+        kv_mode: str,
+        architecture: str = "llama",
+        std: float = 0.05,
+        targets: list[str] | None = None,
+        **export: Any,
     ):
         self.base = base
-        self.adapters = save_adapters(base, root / "trained", kv_mode, architecture, std)
+        self.adapters = save_adapters(base, root / "trained", kv_mode, architecture, std, targets)
         self.folder = export_for_vllm(base, self.adapters, root / "served", **export)
         self.model: QAdapterModel = load_all(base, self.adapters)
 
@@ -145,9 +154,22 @@ def test_prompt_logprobs_are_of_the_policy(smollm: Served, llm: LLM, questions: 
         use_tqdm=False,
     )
     found = [step[token].logprob for step, token in zip(outputs[0].prompt_logprobs[1:], prompt[1:], strict=True)]
-    with torch.no_grad():
-        rows = smollm.model(input_ids=torch.tensor([prompt])).logits[0].double().log_softmax(dim=-1)
-    assert found == pytest.approx([float(rows[i, token]) for i, token in enumerate(prompt[1:])], abs=1e-3)
+    assert found == pytest.approx(prompt_log_probs(smollm.model, prompt, {}), abs=1e-3)
+
+
+def test_prompt_logprobs_in_chunks(smollm: Served, questions: list[list[int]]) -> None:
+    prompt = questions[0] * 3
+    with engine(smollm.folder, max_num_batched_tokens=32, max_num_seqs=4) as chunked:
+        [output] = chunked.generate(
+            [{"prompt_token_ids": prompt}], [params(DIALS[1], 1, prompt_logprobs=0)], use_tqdm=False
+        )
+    found = [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
+    assert found == pytest.approx(prompt_log_probs(smollm.model, prompt, DIALS[1]), abs=1e-3)
+
+
+def prompt_log_probs(model: QAdapterModel, prompt: list[int], extra: dict[str, Any]) -> list[float]:
+    batch, point = pack([(prompt[:1], [prompt[1:]])]), Point(extra.get("alpha_0", 1.0), extra.get("alpha_tilde", 1.0))
+    return score_tokens(model, batch, [point]).policy[0].tolist()
 
 
 def test_sampling_follows_the_policy(smollm: Served, llm: LLM, questions: list[list[int]]) -> None:
@@ -242,13 +264,66 @@ def test_architectures_and_modes(tmp_path: Path, architecture: str, kv_mode: str
         assert_same(answers(llm, prompts, extras, tokens=24), expected)
 
 
+def test_layers_of_two_kinds_with_own_kv(tmp_path: Path) -> None:
+    """Five layers with a window and two without: vLLM deals them, and our second ones, out to groups of blocks."""
+    kinds = ["sliding_attention"] * 5 + ["full_attention"] * 2
+    base = save_tiny(tmp_path / "base", "gemma3", num_hidden_layers=7, layer_types=kinds, sliding_window=16)
+    served = Served(tmp_path, base, "separate", "gemma3", std=0.3)
+    prompts, extras = random_prompts(8, 60), DIALS * 2
+    expected = [generated(served.model, *each) for each in zip(prompts, [24] * 8, extras, strict=True)]
+    with engine(served.folder) as llm:
+        assert_same(answers(llm, prompts, extras, tokens=24), expected)
+
+
+def test_prefix_cache_is_off_where_kv_depend_on_the_adapter(tmp_path: Path) -> None:
+    served = Served(tmp_path, save_tiny(tmp_path / "base", "llama"), "separate", std=0.3)
+    prompts = [torch.randint(5, 97, (300,), generator=torch.Generator().manual_seed(0)).tolist()] * 2  # three blocks
+    expected = [generated(served.model, *each) for each in zip(prompts, [8] * 2, DIALS[1:3], strict=True)]
+    with engine(served.folder) as llm:
+        found = [answers(llm, [each], [extra], tokens=8)[0] for each, extra in zip(prompts, DIALS[1:3], strict=True)]
+    assert_same(found, expected)
+
+
+def test_a_new_export_to_the_same_folder_is_compiled_anew(tmp_path: Path) -> None:
+    """vLLM keeps compiled graphs on disk, and which layers have adapters is in them."""
+    base, prompts = save_tiny(tmp_path / "base", "llama"), random_prompts(4, 60)
+    for targets in (["q_proj"], ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]):
+        served = Served(tmp_path, base, "shared", std=0.3, targets=targets)
+        expected = [generated(served.model, *each) for each in zip(prompts, [16] * 4, DIALS, strict=True)]
+        with engine(served.folder, enforce_eager=False) as llm:
+            assert_same(answers(llm, prompts, DIALS, tokens=16), expected)
+
+
+def test_model_state_of_runner_v2() -> None:
+    """Its rows, by the batches that vLLM would hand it; a GPU has to run the rest."""
+    from fastqadapter.integrations.vllm.model_state import QAdapterModelState
+    from fastqadapter.integrations.vllm.requests import Requests
+    from fastqadapter.integrations.vllm.rows import RowBuffers
+    from fastqadapter.integrations.vllm.served import Served as Entry
+    from fastqadapter.integrations.vllm.served import ServedAdapter
+
+    entry = Entry("base", "shared", {"polite": ServedAdapter(1.0, 1.0), "brief": ServedAdapter(1.0, 2.0)})
+    state = object.__new__(QAdapterModelState)
+    state.requests, state.buffers = Requests(entry), RowBuffers(4, 1, torch.device("cpu"))
+    state.max_num_reqs, state.device = 4, torch.device("cpu")
+    state.requests.put(2, params({}))
+    state.requests.put(0, params({"adapters": "brief"}))
+    decode = state._rows([2, 0], [0, 1, 2], 3)  # two requests of one token, and one of padding
+    assert decode.tokens.tolist() == [0, 1, 2] and decode.adapters.tolist() == [0, 1, 0]
+    assert decode.shares[:, 0].tolist() == [1.0, 0.5, 0.0] and decode.base_shares[:, 0].tolist() == [0.0, 0.0, 1.0]
+    prefill = state._rows([2, 0], [0, 5, 6], 6)
+    assert prefill.tokens.tolist() == [4, 5] and prefill.adapters.tolist() == [0, 1]
+    assert state._rows([3], [0, 1], 1).shares.tolist() == [[0.0]]  # a dummy request that nobody has put
+    assert state._rows([3], [0, 7], 7) is None
+
+
 def test_two_adapters_in_one_request(tmp_path: Path) -> None:
     served = Served(tmp_path, save_tiny(tmp_path / "base", "llama"), "shared", std=0.3, max_adapters=2)
     extras = [
-        {"adapters": {"polite": 0.7, "short": -0.5}},
+        {"adapters": {"polite": 0.7, "brief": -0.5}},
         {},
-        {"adapters": {"short": 1.0}},
-        {"adapters": {"short": 0.3, "polite": 0.3}},
+        {"adapters": {"brief": 1.0}},
+        {"adapters": {"brief": 0.3, "polite": 0.3}},
     ]
     prompts = random_prompts(4, 60)
     expected = [generated(served.model, *each) for each in zip(prompts, [24] * 4, extras, strict=True)]
@@ -280,14 +355,14 @@ def test_tensor_parallel(
 def poison(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    path = folder / "adapters" / "short" / "adapter_model.safetensors"
+    path = folder / "adapters" / "brief" / "adapter_model.safetensors"
     weights = load_file(path)
     next(iter(weights.values()))[0, 0] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
 
 
 def tear(folder: Path) -> None:
-    path = folder / "adapters" / "short" / "adapter_model.safetensors"
+    path = folder / "adapters" / "brief" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
 
 
@@ -295,15 +370,15 @@ def narrow(folder: Path) -> None:
     """The adapter of a base with a smaller MLP, put there by hand."""
     other = save_tiny(folder.parent / "narrow", "llama", intermediate_size=64)
     adapters = save_adapters(other, folder.parent / "others", "shared")
-    shutil.copytree(adapters["short"], folder / "adapters" / "short", dirs_exist_ok=True)
+    shutil.copytree(adapters["brief"], folder / "adapters" / "brief", dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (poison, "are not finite; the run that made them diverged"),
-        (lambda folder: (folder / "adapters" / "short" / "adapter_model.safetensors").unlink(), "adapter_model"),
-        (tear, "short: its weights cannot be loaded"),
+        (lambda folder: (folder / "adapters" / "brief" / "adapter_model.safetensors").unlink(), "adapter_model"),
+        (tear, "brief: its weights cannot be loaded"),
         (narrow, "mlp.gate_proj is for 64 inputs and 64 outputs"),
     ],
     ids=["NaN", "missing", "torn", "other base"],
@@ -321,7 +396,7 @@ def test_a_bad_folder_is_refused_at_the_start(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_lora": True}, "LoRA"),
+        ({"enable_lora": True}, "vLLM's own LoRA does not go with a Q-Adapter"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
     ],
 )

@@ -20,7 +20,7 @@ POLITE, SHORT = ServedAdapter(0.5, 2.0), ServedAdapter(1.0, 1.0)
 
 
 def served(max_adapters: int = 2, **changes: Any) -> Served:
-    fields: dict[str, Any] = {"kv_mode": "shared", "adapters": {"polite": POLITE, "short": SHORT}}
+    fields: dict[str, Any] = {"kv_mode": "shared", "adapters": {"polite": POLITE, "brief": SHORT}}
     return Served("a base", **(fields | changes), max_adapters=max_adapters)
 
 
@@ -29,14 +29,15 @@ def served(max_adapters: int = 2, **changes: Any) -> Served:
     [
         (None, -0.25, {0: 0.5}),
         ({}, -0.25, {0: 0.5}),
-        ({"adapters": "short"}, 0.0, {1: 1.0}),
-        ({"adapters": "short", "alpha_tilde": 0.5}, 0.0, {1: 2.0}),
-        ({"adapters": "short=0.25"}, 0.75, {1: 0.25}),
-        ({"adapters": ["short=0.25", "polite=-1"], "alpha_0": 1, "alpha_tilde": 1}, 1.75, {1: 0.25, 0: -1.0}),
-        ({"adapters": {"short": 0.25, "polite": -1}, "alpha_0": "1", "alpha_tilde": "1"}, 1.75, {1: 0.25, 0: -1.0}),
-        ({"adapters": "short=0"}, 1.0, {}),
-        ({"adapters": {"short": 0}, "alpha_0": 3}, 3.0, {}),
-        ({"kv_transfer_params": {"of": "another"}}, -0.25, {0: 0.5}),
+        ({"adapters": "brief"}, 0.0, {1: 1.0}),
+        ({"adapters": "brief", "alpha_tilde": 0.5}, 0.0, {1: 2.0}),
+        ({"adapters": "brief=0.25"}, 0.75, {1: 0.25}),
+        ({"adapters": ["brief=0.25", "polite=-1"], "alpha_0": 1, "alpha_tilde": 1}, 1.75, {1: 0.25, 0: -1.0}),
+        ({"adapters": {"brief": 0.25, "polite": -1}, "alpha_0": "1", "alpha_tilde": "1"}, 1.75, {1: 0.25, 0: -1.0}),
+        ({"adapters": "brief=0"}, 1.0, {}),
+        ({"adapters": {"brief": 0}, "alpha_0": 3}, 3.0, {}),
+        ({"kv_transfer_params": {"of": "another"}, 3: 4}, -0.25, {0: 0.5}),
+        ({"adapters": ["polite=0", "brief"]}, 0.0, {1: 1.0}),  # brief's own alphas
     ],
 )
 def test_dials_of_a_request(extra: Any, base_share: float, shares: dict[int, float]) -> None:
@@ -47,7 +48,11 @@ def test_dials_of_a_request(extra: Any, base_share: float, shares: dict[int, flo
     ("extra", "message"),
     [
         ({"alpha0": 1}, "alpha0: no such field; did you mean alpha_0?"),
-        ({"adapter": "short"}, "adapter: no such field; did you mean adapters?"),
+        ({"adapter": "brief"}, "adapter: no such field; did you mean adapters?"),
+        ({"ALPHA_0": 1}, "ALPHA_0: no such field; did you mean alpha_0?"),
+        ({"tilde": 1}, "tilde: no such field; did you mean alpha_tilde?"),
+        ([1], "extra_args=[1] is no mapping"),
+        ({"adapters": [("brief", 0.5)]}, "the list holds other things than names and 'NAME=WEIGHT'"),
         ({"alpha_0": -1}, "alpha_0=-1 is not a finite number >= 0"),
         ({"alpha_tilde": 0}, "alpha_tilde=0 is not a finite number > 0"),
         ({"alpha_tilde": "warm"}, "alpha_tilde='warm' is not a finite number > 0"),
@@ -56,13 +61,13 @@ def test_dials_of_a_request(extra: Any, base_share: float, shares: dict[int, flo
         ({"alpha_0": None}, "alpha_0=None is not"),
         ({"alpha_0": 10**400}, "is not a finite number"),
         ({"alpha_tilde": 1e-9}, "a share above 100 overflows"),
-        ({"adapters": "rude"}, "adapter 'rude' is not served; served are polite, short"),
-        ({"adapters": []}, "adapters is empty; give one of polite, short"),
+        ({"adapters": "rude"}, "adapter 'rude' is not served; served are polite, brief"),
+        ({"adapters": []}, "adapters is empty; give one of polite, brief"),
         ({"adapters": 3}, "adapters=3: give a name"),
-        ({"adapters": ["short", "short"]}, "adapters names 'short' twice"),
-        ({"adapters": "short=much"}, "adapters: short='much' is not a finite number"),
-        ({"adapters": "short=inf"}, "adapters: short='inf' is not a finite number"),
-        ({"adapters": {"short": [1]}}, "adapters: short=[1] is not a finite number"),
+        ({"adapters": ["brief", "brief"]}, "adapters names 'brief' twice"),
+        ({"adapters": "brief=much"}, "adapters: brief='much' is not a finite number"),
+        ({"adapters": "brief=inf"}, "adapters: brief='inf' is not a finite number"),
+        ({"adapters": {"brief": [1]}}, "adapters: brief=[1] is not a finite number"),
     ],
 )
 def test_mistakes_are_one_line(extra: Any, message: str) -> None:
@@ -73,10 +78,8 @@ def test_mistakes_are_one_line(extra: Any, message: str) -> None:
 
 def test_more_adapters_than_the_server_takes() -> None:
     with pytest.raises(ValueError, match="2 adapters in one request; this server takes 1"):
-        served(max_adapters=1).request({"adapters": ["polite", "short"]})
-    assert served(max_adapters=1).request({"adapters": ["polite=0", "short"]}).shares == {
-        1: 0.5
-    }  # two are named: alphas of the default
+        served(max_adapters=1).request({"adapters": ["polite", "brief"]})
+    assert served(max_adapters=1).request({"adapters": ["polite=0", "brief"]}).shares == {1: 1.0}  # brief's own alphas
 
 
 def test_logits_head_is_used_alone_and_whole() -> None:
@@ -87,7 +90,7 @@ def test_logits_head_is_used_alone_and_whole() -> None:
 
 
 def test_separate_mode_runs_the_stream_of_the_base_too() -> None:
-    assert served(1, kv_mode="separate").request({"adapters": "short=0", "alpha_0": 1}) == RequestDials(1.0, {1: 0.0})
+    assert served(1, kv_mode="separate").request({"adapters": "brief=0", "alpha_0": 1}) == RequestDials(1.0, {1: 0.0})
 
 
 def test_config_entry_survives_its_file(tmp_path: Path) -> None:
@@ -185,9 +188,9 @@ def test_buffers_give_what_rows_of_a_step_give(streams: int) -> None:
 
 def test_shares_are_the_mixture_of_generate() -> None:
     """The same numbers as the dials of `model.generate`."""
-    dials = Dials(alpha_0=0.5, alpha_tilde=2.0, weights={"polite": 1.5, "short": -1.0})
+    dials = Dials(alpha_0=0.5, alpha_tilde=2.0, weights={"polite": 1.5, "brief": -1.0})
     streams = torch.randn(3, 1, 1, 4, dtype=torch.float64)
     expected = dials.mixture(LMHead(torch.zeros(2, 4, dtype=torch.float64))).combine(streams)
-    request = served().request({"adapters": {"polite": 1.5, "short": -1.0}, "alpha_0": 0.5, "alpha_tilde": 2.0})
+    request = served().request({"adapters": {"polite": 1.5, "brief": -1.0}, "alpha_0": 0.5, "alpha_tilde": 2.0})
     found = request.base_share * streams[0] + sum(share * streams[1 + i] for i, share in request.shares.items())
     torch.testing.assert_close(found, expected)

@@ -76,16 +76,16 @@ def completion(client: openai.OpenAI, **xargs: object) -> Answer:
     return Answer(choice.token_ids, choice.logprobs.token_logprobs)
 
 
-@pytest.mark.parametrize("extra", [{}, {"adapters": "short=0.5", "alpha_0": 0.4, "alpha_tilde": 1.5}])
+@pytest.mark.parametrize("extra", [{}, {"adapters": "brief=0.5", "alpha_0": 0.4, "alpha_tilde": 1.5}])
 def test_completion_is_that_of_generate(client: openai.OpenAI, root: Path, extra: dict[str, object]) -> None:
-    model = load_all(root / "base", {name: root / "trained" / name for name in ("polite", "short")})
+    model = load_all(root / "base", {name: root / "trained" / name for name in ("polite", "brief")})
     expected, found = generated(model, PROMPT, 16, extra), completion(client, **extra)
     assert found.tokens == expected.tokens and found.log_probs == pytest.approx(expected.log_probs, abs=1e-3)
 
 
 def test_chat_streams(client: openai.OpenAI) -> None:
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "w7 w8 w9"}], "max_tokens": 12, "temperature": 0}
-    extra = {"vllm_xargs": {"adapters": ["short=0.5"]}, "ignore_eos": True}
+    extra = {"vllm_xargs": {"adapters": ["brief=0.5"]}, "ignore_eos": True}
     whole = client.chat.completions.create(**asked, extra_body=extra).choices[0].message.content
     parts = [
         chunk.choices[0].delta.content or ""
@@ -97,7 +97,7 @@ def test_chat_streams(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("xargs", "message"),
     [
-        ({"adapters": "rude"}, "adapter 'rude' is not served; served are polite, short"),
+        ({"adapters": "rude"}, "adapter 'rude' is not served; served are polite, brief"),
         ({"alpha_tilde": 0}, "alpha_tilde=0 is not a finite number > 0"),
         ({"alpha0": 1}, "did you mean alpha_0?"),
     ],

@@ -65,7 +65,7 @@ def competitors(arguments: argparse.Namespace) -> dict[str, Callable[[int], floa
     settings |= {"enforce_eager": True, "enable_prefix_caching": False}
     ours = LLM(model=str(arguments.folder), **settings)
     base = LLM(model=served.base, **settings)
-    with_lora = LLM(model=served.base, enable_lora=True, max_lora_rank=64, **settings)
+    with_lora = LLM(model=served.base, enable_lora=True, max_lora_rank=8, **settings)
     lora = LoRARequest("adapter", 1, str(arguments.folder / "adapters" / served.names[0]))
     shape = arguments.requests, arguments.prompt
     ids = torch.randint(1000, 20000, shape, generator=torch.Generator().manual_seed(0)).tolist()

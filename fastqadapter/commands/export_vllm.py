@@ -26,24 +26,15 @@ def main(argv: list[str]) -> None:
         name, equals, folder = entry.partition("=")
         if not equals:
             name, folder = "default", entry
+        if not folder:
+            raise ArgumentError(f"--adapter {entry}: no folder behind the name; give NAME=FOLDER")
         if name in adapters:
             raise ArgumentError(f"--adapter {entry}: the name {name!r} is given twice; NAME=FOLDER names it")
         adapters[name] = folder
 
+    from fastqadapter.commands.adapters import base_of
     from fastqadapter.integrations.vllm.export import export_for_vllm
 
-    base = arguments.base or _named_base(next(iter(adapters.values())))
+    base = arguments.base or base_of(next(iter(adapters.values())))
     folder = export_for_vllm(base, adapters, arguments.output, max_adapters=arguments.max_adapters, copy=arguments.copy)
     print(f"{folder}: {base} with {', '.join(adapters)}; next: fastqadapter serve {folder}")
-
-
-def _named_base(adapter: str) -> str:
-    from peft import PeftConfig
-
-    try:
-        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except ValueError as error:
-        raise ArgumentError(f"--adapter {adapter}: {error}") from None
-    if not name:
-        raise ArgumentError(f"--base is needed: {adapter} does not name its base model")
-    return str(name)

@@ -45,6 +45,9 @@ def own_kv(layer: Attention, step: Step, vllm_config: VllmConfig) -> None:
     layer.q_stream = other  # a submodule: vLLM finishes each `Attention` that it finds after loading
 
 
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")  # that take the number of query heads from the layer
+
+
 def check_attention(model: nn.Module) -> list[Attention]:
     """The attention layers of a model.
 
@@ -64,6 +67,11 @@ def check_attention(model: nn.Module) -> list[Attention]:
             reason = "its attention has ALiBi"
         elif layer.kv_sharing_target_layer_name is not None:
             reason = "its layers share K/V with each other"
+        elif layer.attn_backend.get_name() not in BACKENDS:
+            name = layer.attn_backend.get_name()
+            raise ValueError(
+                f"attention backend {name} cannot serve a Q-Adapter: choose --attention-backend FLASH_ATTN"
+            )
         if reason is not None:
             name = type(model).__name__
             raise ValueError(f"{name} cannot serve a Q-Adapter: {reason}; use `fastqadapter generate`")
@@ -103,11 +111,11 @@ def _shared(implementation: Any) -> type:
             self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any,
             output: Tensor, *args: Any, **kwargs: Any,
         ) -> Tensor:  # fmt: skip
-            if attn_metadata is None:  # the profiling run
-                return output.fill_(0)
             tokens = self.step.tokens
             packed = self._pack(query)
-            result = torch.empty_like(packed)
+            result = packed.new_empty(packed.shape, dtype=output.dtype)  # queries may be quantized
+            if attn_metadata is None:  # the profiling run: the memory above is taken, nothing is computed
+                return output.fill_(0)
             super().forward(
                 layer, packed, key[:tokens], value[:tokens], kv_cache, attn_metadata, result, *args, **kwargs
             )
@@ -163,6 +171,8 @@ def _separate(implementation: Any) -> type:
             tokens, other = self.step.tokens, self.other
             base, adapted = zip(*((each[:tokens], each[tokens:]) for each in (query, key, value)), strict=True)
             super().forward(layer, *base, kv_cache, attn_metadata, output[:tokens], *args, **kwargs)
+            if self.step.rows is None:
+                return output
             metadata = get_forward_context().attn_metadata[other.layer_name]
             other.impl.forward(other, *adapted, other.kv_cache, metadata, output[tokens:], *args, **kwargs)
             return output
@@ -172,6 +182,10 @@ def _separate(implementation: Any) -> type:
         ) -> None:
             tokens, other = self.step.tokens, self.other
             super().do_kv_cache_update(layer, key[:tokens], value[:tokens], kv_cache, slot_mapping)
-            other.impl.do_kv_cache_update(other, key[tokens:], value[tokens:], other.kv_cache, slot_mapping)
+            if self.step.rows is None:
+                return
+            # Its own slots: where layers differ (a window), vLLM may have put the two into different groups.
+            slots = get_forward_context().slot_mapping[other.layer_name]
+            other.impl.do_kv_cache_update(other, key[tokens:], value[tokens:], other.kv_cache, slots)
 
     return SeparateKV

@@ -35,23 +35,27 @@ class Part:
     outputs: slice  # of the layer of vLLM, on this rank
 
 
-class LayerLora:
-    """The adapters on one linear layer of vLLM."""
+class LayerLora(nn.Module):
+    """The adapters on one linear layer of vLLM. Its tensors are buffers, which an engine that sleeps keeps."""
+
+    a: Tensor  # (D_in, P), the `A` of all parts and adapters side by side
 
     def __init__(self, layer: Any, parts: Sequence[Part], step: Step):
+        super().__init__()
         self.step = step
         dtype, device = step.dtype, step.device
         columns: list[int] = []  # the adapter of each column of `a`
         a: list[Tensor] = []
-        self.products: list[tuple[slice, slice, Tensor]] = []  # columns of `a`, outputs, their `B`
+        self.products: list[tuple[slice, slice, str]] = []  # columns of `a`, outputs, the buffer of their `B`
         for part in parts:
             start = len(columns)
             for adapter, (own_a, _) in part.pairs.items():
                 columns += [adapter] * len(own_a)
                 a.append(own_a)
-            b = torch.cat([own_b.T for _, own_b in part.pairs.values()])
-            self.products.append((slice(start, len(columns)), part.outputs, b.to(device, dtype)))
-        self.a = torch.cat(a).T.to(device, dtype).contiguous()  # (D_in, P)
+            b, name = torch.cat([own_b.T for _, own_b in part.pairs.values()]), f"b_{len(self.products)}"
+            self.register_buffer(name, b.to(device, dtype), persistent=False)
+            self.products.append((slice(start, len(columns)), part.outputs, name))
+        self.register_buffer("a", torch.cat(a).T.to(device, dtype).contiguous(), persistent=False)
         self.columns = tuple(columns)
         self.sums_over_ranks = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
 
@@ -69,7 +73,9 @@ class LayerLora:
             low_rank *= mask
         own = y[step.tokens :]
         for columns, outputs, b in self.products:
-            own[:, outputs].add_(low_rank[:, columns] @ b)  # `+=` would copy the slice onto itself as well
+            own[:, outputs].add_(
+                low_rank[:, columns] @ getattr(self, b)
+            )  # `+=` would copy the slice onto itself as well
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Mapping[str, Pair]], step: Step, layers: dict[str, Any]) -> None:
@@ -79,7 +85,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Mapping[str, Pair]], step: S
         ValueError: an adapter has weights for a layer that the model has not, or of another size.
     """
     left = {name: set(pairs) for name, pairs in adapters.items()}
-    for name, layer in model.named_modules():
+    for name, layer in list(model.named_modules()):
         if not isinstance(layer, LinearBase):
             continue
         parts = []
@@ -92,15 +98,26 @@ def attach(model: nn.Module, adapters: Mapping[str, Mapping[str, Pair]], step: S
             if pairs:
                 parts.append(Part(pairs, outputs))
         if parts:
+            _check_split(name, layer, parts)
             key = f"{name}.q_rows"
-            layers[key] = LayerLora(layer, parts, step)
-            layer.register_forward_hook(_hook(layers[key], key))
+            layer.q_rows = layers[key] = LayerLora(layer, parts, step)
+            layer.register_forward_hook(_hook(layer.q_rows, key))
     for adapter, unknown in left.items():
         if unknown:
             raise ValueError(
                 f"adapter {adapter!r} has weights for {min(unknown)!r}, which is no linear layer of "
                 f"{type(model).__name__}: it was trained on another base model"
             )
+
+
+def _check_split(name: str, layer: Any, parts: Sequence[Part]) -> None:
+    """Raise a ValueError for layers whose share on a rank is no slice of the whole."""
+    if getattr(layer, "tp_size", 1) == 1:
+        return
+    whole = len(parts) == 1 and parts[0].outputs == slice(0, sum(getattr(layer, "output_partition_sizes", [])))
+    packed = whole and len(layer.output_partition_sizes) > 1
+    if packed or getattr(layer, "gather_output", False) or not getattr(layer, "input_is_parallel", True):
+        raise ValueError(f"{name} is split over the ranks in a way that its adapters cannot be: use one rank")
 
 
 def _parts(model: Any, name: str, layer: Any) -> Iterator[tuple[str, slice, int]]:

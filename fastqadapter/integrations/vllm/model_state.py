@@ -9,6 +9,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from fastqadapter.integrations.vllm.requests import Requests
 from fastqadapter.integrations.vllm.rows import QRows, RowBuffers
+from fastqadapter.integrations.vllm.served import BASE
 
 
 class QAdapterModelState(DefaultModelState):
@@ -39,20 +40,19 @@ class QAdapterModelState(DefaultModelState):
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs(input_batch, req_states)
-        places = input_batch.idx_mapping_np[: input_batch.num_reqs].tolist()
+        slots = input_batch.idx_mapping_np[: input_batch.num_reqs].tolist()
         starts = input_batch.query_start_loc_np[: input_batch.num_reqs + 1].tolist()
-        inputs["q_rows"] = self._rows(places, starts, input_batch.num_tokens_after_padding)
+        inputs["q_rows"] = self._rows(slots, starts, input_batch.num_tokens_after_padding)
         return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
-        if num_reqs == num_tokens:
-            inputs["q_rows"] = self.buffers.filled([], num_tokens)
+        inputs["q_rows"] = self.buffers.filled([], num_tokens) if num_reqs == num_tokens else None
         return inputs
 
-    def _rows(self, places: list[int], starts: list[int], padded: int) -> QRows | None:
+    def _rows(self, slots: list[int], starts: list[int], padded: int) -> QRows | None:
         requests = self.requests
-        decodes = starts == list(range(len(places) + 1)) and padded <= self.max_num_reqs
+        decodes = starts == list(range(len(slots) + 1)) and padded <= self.max_num_reqs
         if decodes:
-            return self.buffers.filled([requests.asked[place][0] for place in places], padded)
-        return requests.rows(starts, self.device, places)
+            return self.buffers.filled([requests.asked.get(slot, (BASE, False))[0] for slot in slots], padded)
+        return requests.rows(starts, self.device, slots)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from fastqadapter.integrations.vllm import ARCHITECTURE_PREFIX, NATIVE, TRANSFOR
 from fastqadapter.integrations.vllm.attention import check_attention, own_kv, share_kv
 from fastqadapter.integrations.vllm.lora import attach
 from fastqadapter.integrations.vllm.requests import Requests
-from fastqadapter.integrations.vllm.rows import QRows
-from fastqadapter.integrations.vllm.served import Served
+from fastqadapter.integrations.vllm.rows import QRows, rows_of_step
+from fastqadapter.integrations.vllm.served import RequestDials, Served
 from fastqadapter.integrations.vllm.step import Step
 from fastqadapter.integrations.vllm.weights import read_adapters
 
@@ -31,6 +31,7 @@ class TwoStreams:
         model_config = vllm_config.model_config
         self.served = served = Served.of(model_config.hf_config)
         self.requests_key = vllm_config.instance_id
+        self.most_requests = vllm_config.scheduler_config.max_num_seqs
         _check_head(self, served.logit_scale)
         dtype, device = model_config.dtype, next(self.parameters()).device  # type: ignore[attr-defined]
         if device.type == "cpu":
@@ -52,12 +53,21 @@ class TwoStreams:
         positions: Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
-        q_rows: QRows | None = None,
+        q_rows: QRows | None | Literal["ask"] = "ask",
         **kwargs: Any,
     ) -> Tensor:
-        """(N, D): hidden states that the LM head makes into logits of the customised policy."""
-        rows = q_rows if q_rows is not None else self._rows()
+        """(N, D): hidden states that the LM head makes into logits of the customised policy.
+
+        Args:
+            q_rows: of this step, from runner V2; V1 gives none and the requests are asked.
+        """
         tokens = positions.shape[-1]
+        metadata = get_forward_context().attn_metadata
+        rows = q_rows
+        if metadata is None:
+            rows = self._most_rows(tokens)
+        elif isinstance(rows, str):
+            rows = self._rows(metadata)
         if rows is not None:
             input_ids = None if input_ids is None else rows.behind(input_ids)
             inputs_embeds = None if inputs_embeds is None else rows.behind(inputs_embeds)
@@ -66,11 +76,15 @@ class TwoStreams:
             hidden: Tensor = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
         return hidden if rows is None else rows.combine(hidden)
 
-    def _rows(self) -> QRows | None:
+    def _most_rows(self, tokens: int) -> QRows | None:
+        """For the profiling run, from which vLLM takes how much memory a step needs."""
+        one = RequestDials(1.0, dict.fromkeys(range(self.served.max_adapters), 0.0))
+        requests = tokens if self.served.kv_mode == "separate" else min(tokens, self.most_requests)
+        starts = [*range(requests), tokens]
+        return rows_of_step(starts, [one] * requests, [False] * requests, self.step.device)
+
+    def _rows(self, metadata: Any) -> QRows | None:
         """Runner V1: of this step, from the metadata of attention and what the requests asked for."""
-        metadata = get_forward_context().attn_metadata
-        if not isinstance(metadata, dict):
-            return None  # a profiling run
         requests = Requests.of_engine[self.requests_key]
         starts = next(iter(metadata.values())).query_start_loc.tolist()
         key = requests.changes, tuple(starts)

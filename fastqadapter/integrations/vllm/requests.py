@@ -7,8 +7,8 @@ the logits as they are. Runner V2 tells the model's state (`model_state.py`). Bo
 
 from __future__ import annotations
 
-import hashlib
-import os
+import base64
+import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -20,25 +20,26 @@ from fastqadapter.integrations.vllm.rows import QRows, rows_of_step
 from fastqadapter.integrations.vllm.served import BASE, RequestDials, Served
 
 _PREFIX = "QAdapterRequests_"
-_VARIABLE = "FASTQADAPTER_SERVED_"
 
 
 class Requests:
-    """What the requests of the batch asked for, by their place in it."""
+    """What the requests of the batch asked for, by their slot in it."""
 
-    of_engine: ClassVar[dict[str, Requests]] = {}  # by VllmConfig.instance_id: an engine of this process
+    # By VllmConfig.instance_id: an engine of this process.
+    of_engine: ClassVar[weakref.WeakValueDictionary[str, Requests]] = weakref.WeakValueDictionary()
 
     def __init__(self, served: Served) -> None:
         self.served = served
         self.asked: dict[int, tuple[RequestDials, bool]] = {}  # whether every token has rows: for prompt logprobs
         self.changes = 0
 
-    def put(self, place: int, params: Any) -> None:
-        self.asked[place] = self.served.request(params.extra_args), params.prompt_logprobs is not None
+    def put(self, slot: int, params: Any) -> None:
+        on_prompt = params.prompt_logprobs is not None or getattr(params, "prompt_logprob_token_ids", None) is not None
+        self.asked[slot] = self.served.request(params.extra_args), on_prompt
         self.changes += 1
 
-    def remove(self, place: int) -> None:
-        self.asked.pop(place, None)
+    def remove(self, slot: int) -> None:
+        self.asked.pop(slot, None)
         self.changes += 1
 
     def move(self, source: int, target: int, swap: bool) -> None:
@@ -48,11 +49,11 @@ class Requests:
             self.asked[source] = other
         self.changes += 1
 
-    def rows(self, starts: Sequence[int], device: torch.device, places: Sequence[int] | None = None) -> QRows | None:
-        """The rows of a step in which the request at `places[i]`, or i, has tokens `starts[i]` to `starts[i + 1]`."""
-        places = range(len(starts) - 1) if places is None else places
+    def rows(self, starts: Sequence[int], device: torch.device, slots: Sequence[int] | None = None) -> QRows | None:
+        """The rows of a step in which the request at `slots[i]`, or i, has tokens `starts[i]` to `starts[i + 1]`."""
+        slots = range(len(starts) - 1) if slots is None else slots
         everywhere = self.served.kv_mode == "separate"  # each token has K/V of its own there
-        asked = [self.asked.get(place, (BASE, False)) for place in places]
+        asked = [self.asked.get(slot, (BASE, False)) for slot in slots]
         every_token = [everywhere or every for _, every in asked]
         return rows_of_step(starts, [dials for dials, _ in asked], every_token, device)
 
@@ -83,30 +84,28 @@ class QAdapterRequests(LogitsProcessor, LogitsProcessorV2):
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         if batch_update is None:
             return
-        for place in batch_update.removed:
-            self.requests.remove(place)
-        for place, params, *_ in batch_update.added:
-            self.requests.put(place, params)
+        for slot in batch_update.removed:
+            self.requests.remove(slot)
+        for slot, params, *_ in batch_update.added:
+            self.requests.put(slot, params)
         for source, target, direction in batch_update.moved:
             self.requests.move(source, target, direction == MoveDirectionality.SWAP)
 
 
 def processor_name(served: Served) -> str:
-    """What to put into vLLM's `logits_processors`, in the process that accepts requests or one above it.
+    """What to put into vLLM's `logits_processors`.
 
     vLLM takes a class by its name and asks the class, not an object, whether a request is valid: so there is one class
-    for each set of adapters. Its data go to child processes by the environment.
+    for each set of adapters, and what is served travels to other processes in its name.
     """
-    text = served.to_json()
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    os.environ[_VARIABLE + digest] = text
-    return f"{__name__}:{_PREFIX}{digest}"
+    return f"{__name__}:{_PREFIX}{base64.urlsafe_b64encode(served.to_json().encode()).decode().rstrip('=')}"
 
 
 def __getattr__(name: str) -> type[QAdapterRequests]:
     if not name.startswith(_PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    text = os.environ[_VARIABLE + name.removeprefix(_PREFIX)]
-    made = type(name, (QAdapterRequests,), {"served": Served.from_json(text), "__module__": __name__})
+    text = name.removeprefix(_PREFIX)
+    served = Served.from_json(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode())
+    made = type(name, (QAdapterRequests,), {"served": served, "__module__": __name__})
     globals()[name] = made
     return made

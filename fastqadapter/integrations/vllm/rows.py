@@ -24,7 +24,7 @@ class QRows:
     shares: Tensor  # (R, 1), fp32: w / alpha_tilde
     combined: Tensor  # (T,), tokens
     base_shares: Tensor  # (T, 1), fp32: (alpha_0 - sum of w) / alpha_tilde
-    places: Tensor  # (R,): which of the T is that of the row
+    combined_index: Tensor  # (R,): which of the T is that of the row
     in_order: bool  # row r is token r, one for each
 
     def behind(self, x: Tensor, dim: int = 0) -> Tensor:
@@ -38,7 +38,7 @@ class QRows:
         """
         base, adapted = hidden.split([len(hidden) - len(self.tokens), len(self.tokens)])
         total = base[self.combined].float() * self.base_shares
-        total.index_add_(0, self.places, adapted.float() * self.shares)
+        total.index_add_(0, self.combined_index, adapted.float() * self.shares)
         return base.index_copy(0, self.combined, total.to(hidden.dtype))
 
 
@@ -58,7 +58,7 @@ def rows_of_step(
     shares: list[float] = []
     combined: list[int] = []
     base_shares: list[float] = []
-    places: list[int] = []
+    combined_index: list[int] = []
     for number, request in enumerate(requests):
         first, end = starts[number], starts[number + 1]
         if request.is_base or first == end:
@@ -69,7 +69,7 @@ def rows_of_step(
                 streams.append(stream)
                 adapters.append(adapter)
                 shares.append(share)
-                places.append(len(combined))
+                combined_index.append(len(combined))
             combined.append(token)
             base_shares.append(request.base_share)
     if not combined:
@@ -88,7 +88,7 @@ def rows_of_step(
         shares=column(shares),
         combined=indices(combined),
         base_shares=column(base_shares),
-        places=indices(places),
+        combined_index=indices(combined_index),
         in_order=tokens == list(range(starts[len(requests)])) and set(streams) == {1},
     )
 
@@ -97,10 +97,10 @@ class RowBuffers:
     """Rows of a step in which each request has one token, at addresses that stay: S rows for each, padding included."""
 
     def __init__(self, requests: int, streams: int, device: torch.device) -> None:
-        places = torch.arange(requests, device=device).repeat_interleave(streams)
+        combined_index = torch.arange(requests, device=device).repeat_interleave(streams)
         self.streams = streams
-        self.places = places
-        self.numbers = torch.arange(1, 1 + streams, device=device).repeat(requests)
+        self.combined_index = combined_index
+        self.stream_numbers = torch.arange(1, 1 + streams, device=device).repeat(requests)
         self.adapters = torch.zeros(requests * streams, dtype=torch.long, device=device)
         self.shares = torch.zeros(requests * streams, 1, device=device)
         self.base_shares = torch.ones(requests, 1, device=device)
@@ -119,12 +119,12 @@ class RowBuffers:
         self.shares[:rows, 0].copy_(torch.tensor(shares), non_blocking=True)
         self.base_shares[:padded, 0].copy_(torch.tensor(base_shares), non_blocking=True)
         return QRows(
-            tokens=self.places[:rows],
-            streams=self.numbers[:rows],
+            tokens=self.combined_index[:rows],
+            streams=self.stream_numbers[:rows],
             adapters=self.adapters[:rows],
             shares=self.shares[:rows],
-            combined=self.places[: rows : self.streams],
+            combined=self.combined_index[: rows : self.streams],
             base_shares=self.base_shares[:padded],
-            places=self.places[:rows],
+            combined_index=self.combined_index[:rows],
             in_order=self.streams == 1,
         )

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -17,6 +18,15 @@ KEY = "fastqadapter"  # in config.json
 FORMAT = 1
 FIELDS = ("alpha_0", "alpha_tilde", "adapters")  # of a request
 LARGEST_SHARE = 100.0  # of alpha_tilde: beyond, logits of a few hundred overflow fp16
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError for what cannot be the name of an adapter, in requests and as a folder."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"adapter name {name!r}: use up to 100 letters, digits, '-', '_' and '.'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +72,14 @@ class Served:
                 "version"
             )
         fields = {name: value for name, value in found.items() if name != "format"}
-        fields["adapters"] = {name: ServedAdapter(**each) for name, each in fields["adapters"].items()}
-        return Served(**fields)
+        try:
+            fields["adapters"] = {name: ServedAdapter(**each) for name, each in fields["adapters"].items()}
+            served = Served(**fields)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"config.json: {KEY} is damaged ({error}): export it again") from None
+        for name in served.adapters:
+            check_name(name)
+        return served
 
     @staticmethod
     def read(folder: Path) -> Served:
@@ -102,31 +118,34 @@ class Served:
         Raises:
             ValueError: a name or value that cannot be; one line, with the remedy.
         """
+        if not isinstance(extra_args, Mapping | None):
+            raise ValueError(f"extra_args={extra_args!r:.100} is no mapping of names to values")
         given = dict(extra_args or {})
-        for name in given:
-            close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.75)
+        for name in map(str, given):  # those of other plugins pass
+            close = difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.6)
             if name not in FIELDS and close:
-                raise ValueError(f"{name}: no such field; did you mean {close[0]}?")
+                raise ValueError(f"{name:.100}: no such field; did you mean {close[0]}?")
         weights = self._weights(given.get("adapters"))
-        default = self.adapters[next(iter(weights)) if len(weights) == 1 else self.names[0]]
+        active = {name: weight for name, weight in weights.items() if weight != 0.0}
+        default = self.adapters[next(iter(active or weights)) if len(active or weights) == 1 else self.names[0]]
         alpha_0 = _number("alpha_0", given.get("alpha_0", default.alpha_0), low=0.0, open_low=False)
         alpha_tilde = _number("alpha_tilde", given.get("alpha_tilde", default.alpha_tilde), low=0.0, open_low=True)
-        for name, weight in {"alpha_0": alpha_0, **weights}.items():
+        for name, weight in {"alpha_0": alpha_0, **active}.items():
             if abs(weight) > LARGEST_SHARE * alpha_tilde:
                 raise ValueError(
                     f"{name}={weight:g} with alpha_tilde={alpha_tilde:g}: a share above {LARGEST_SHARE:g} overflows; "
                     "that large is the plain argmax: use temperature=0"
                 )
-        whole = [name for name in weights if self.adapters[name].q_head == "logits"]
-        if whole and weights != {whole[0]: 1.0}:
+        whole = [name for name in active if self.adapters[name].q_head == "logits"]
+        if whole and active != {whole[0]: 1.0}:
             raise ValueError(
                 f"adapters: {whole[0]!r} has q_head='logits' and holds the base logits too, so it can only be used "
                 "alone and with weight 1"
             )
-        indices = {self.names.index(name): weight / alpha_tilde for name, weight in weights.items() if weight != 0.0}
+        indices = {self.names.index(name): weight / alpha_tilde for name, weight in active.items()}
         if self.kv_mode == "separate" and not indices:  # its K/V must be there for whom the blocks serve next
             indices = {self.names.index(next(iter(weights))): 0.0}
-        base = alpha_0 - (0.0 if whole else sum(weights.values()))
+        base = alpha_0 - (0.0 if whole else sum(active.values()))
         return RequestDials(base / alpha_tilde, indices)
 
     def _weights(self, given: Any) -> dict[str, float]:
@@ -135,23 +154,25 @@ class Served:
         if isinstance(given, Mapping):
             pairs = [(str(name), weight) for name, weight in given.items()]
         elif isinstance(given, (str, list, tuple)):
-            entries = [given] if isinstance(given, str) else [str(entry) for entry in given]
+            entries = [given] if isinstance(given, str) else list(given)
+            if not all(isinstance(entry, str) for entry in entries):
+                raise ValueError(f"adapters={given!r:.100}: the list holds other things than names and 'NAME=WEIGHT'")
             pairs = [(name, text if equals else 1.0) for name, equals, text in (e.partition("=") for e in entries)]
         else:
-            raise ValueError(f"adapters={given!r}: give a name, 'NAME=WEIGHT', or a list of those")
+            raise ValueError(f"adapters={given!r:.100}: give a name, 'NAME=WEIGHT', or a list of those")
         if not pairs:
             raise ValueError(f"adapters is empty; give one of {', '.join(self.names)}, or NAME=0 for the base alone")
         weights: dict[str, float] = {}
         for name, weight in pairs:
             if name not in self.adapters:
-                raise ValueError(f"adapter {name!r} is not served; served are {', '.join(self.names)}")
+                raise ValueError(f"adapter {name!r:.100} is not served; served are {', '.join(self.names)}")
             if name in weights:
                 raise ValueError(f"adapters names {name!r} twice")
             weights[name] = _number(f"adapters: {name}", weight, low=-math.inf, open_low=True)
-        active = [name for name, weight in weights.items() if weight != 0.0]
-        if len(active) > self.max_adapters:
+        active = sum(weight != 0.0 for weight in weights.values())
+        if active > self.max_adapters:
             raise ValueError(
-                f"{len(active)} adapters in one request; this server takes {self.max_adapters} "
+                f"{active} adapters in one request; this server takes {self.max_adapters} "
                 "(`export-vllm --max_adapters`)"
             )
         return weights
@@ -164,7 +185,7 @@ def _number(name: str, value: Any, *, low: float, open_low: bool) -> float:
     except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or number < low or (open_low and number == low):
-        raise ValueError(f"{name}={value!r} is not {legal}")
+        raise ValueError(f"{name}={value!r:.100} is not {legal}")
     return number
 
 

@@ -20,6 +20,8 @@ Pair = tuple[Tensor, Tensor]  # A (r, D_in), B (D_out, r) times its scaling; fp3
 
 def read_adapters(root: str | Path, served: Served) -> dict[str, dict[str, Pair]]:
     """Those of a served folder, by name and layer; raises what `read_adapter` does."""
+    if not Path(root).is_dir():
+        raise ValueError(f"{root} is no local folder: download the export first (`hf download`), then serve the folder")
     return {name: read_adapter(Path(root) / ADAPTERS / name) for name in served.names}
 
 
@@ -35,8 +37,9 @@ def read_adapter(folder: Path) -> dict[str, Pair]:
         if not (folder / file).is_file():
             raise ValueError(f"{folder}: {file} is missing")
     config = LoraConfig.from_pretrained(str(folder))
-    if config.use_dora or config.bias != "none":
-        raise ValueError(f"{folder}: use_dora and bias are not supported here: plain LoRA alone")
+    for option, given in {"use_dora": config.use_dora, "bias": config.bias != "none"}.items():
+        if given:
+            raise ValueError(f"{folder}: {option}={getattr(config, option)!r}: vLLM is served plain LoRA alone")
     with weight_errors(folder):
         weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     pairs: dict[str, Pair] = {}
