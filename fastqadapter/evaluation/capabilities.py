@@ -10,10 +10,12 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from fastqadapter.evaluation.facts import SHORT_FAMILIES, fill
 from fastqadapter.evaluation.scores import Point
@@ -116,6 +118,17 @@ def is_right(item: Item, written: str) -> bool:
     return plain(written.lstrip(" ").partition("\n")[0]) == plain(item.answer)
 
 
+class EndOfLine(StoppingCriteria):
+    """Ends each answer at its first line break, as transformers' `stop_strings` does for the tokenizers it can read."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int) -> None:
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :])
+        return torch.tensor(["\n" in text.lstrip(" ") for text in texts], device=input_ids.device)
+
+
 @torch.no_grad()
 def answer_right(
     model: QAdapterModel,
@@ -140,8 +153,7 @@ def answer_right(
             **point.generate_options(model.active_adapter),
             max_new_tokens=LONGEST_ANSWER,
             do_sample=False,
-            stop_strings=["\n"],
-            tokenizer=tokenizer,
+            stopping_criteria=StoppingCriteriaList([EndOfLine(tokenizer, inputs["input_ids"].shape[1])]),
             pad_token_id=tokenizer.pad_token_id,
         )
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

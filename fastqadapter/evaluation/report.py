@@ -25,7 +25,7 @@ def format_report(results: Mapping[str, Any]) -> str:
             parts.append(f"No point of the sweep keeps {settings['keep']:.0%} of what the base has right.")
         else:
             parts.append(f"Sweet spot (highest accuracy that keeps {settings['keep']:.0%}): {_dials(rows[best])}.")
-        marks = {0: "adapter's own", best: "**sweet spot**"}
+        marks = {0: "adapter's own", best: "**sweet spot**" if best else "adapter's own, **sweet spot**"}
         parts.append(_table(HEADER, [_cells(marks.get(i, ""), row) for i, row in enumerate(rows)]))
         parts.append(_samples(results["base"]["samples"], adapter["samples"]))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -77,7 +77,7 @@ def _mean(mean: Mapping[str, float], digits: int = 3) -> str:
 
 def _by_length(row: Row) -> str:
     cells = [f"{name}: {_mean(mean)} ({mean['count']} pairs)" for name, mean in row["by_length"].items()]
-    return f"Accuracy where the {'; '.join(cells)}."
+    return f"Accuracy by length; {'; '.join(cells)}."
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,7 +19,7 @@ from fastqadapter.models.base import lm_head_of
 from fastqadapter.models.dials import Dials
 from fastqadapter.packing import PackedPairs
 
-ROWS = 256  # of logits at a time: 50 MiB each at a vocabulary of 49152
+LOGITS = 2**22  # at a time: 16 MiB, which allocators keep and use again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,8 @@ def score_tokens(model: QAdapterModel, batch: PackedPairs, points: Sequence[Poin
     weight = head.weight.float()
     bias = None if head.bias is None else head.bias.float()
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for rows, actions in zip(states.split(ROWS), batch.actions.split(ROWS), strict=True):
+    size = max(1, LOGITS // len(weight))
+    for rows, actions in zip(states.split(size), batch.actions.split(size), strict=True):
         b, q = (
             head.scale_and_cap(F.linear(hidden.index_select(0, rows).float(), weight), bias)
             for hidden in (hidden_b, hidden_q)
@@ -90,11 +91,11 @@ def _score_rows(b: Tensor, q: Tensor, actions: Tensor, points: Sequence[Point]) 
     """`b`, `q` (rows, V), `actions` (rows, 1) -> (rows,), (P, rows), (P, rows)."""
     log_pi = F.log_softmax(b, dim=-1)
     pi = log_pi.exp()
-    minus_entropy = (pi * log_pi).sum(dim=-1)
+    minus_entropy = torch.linalg.vecdot(pi, log_pi)
     log_probs, kl = [], []
     for point in points:
-        z = (point.weight * q + point.alpha_0 * b) / point.alpha_tilde
+        z = (b * (point.alpha_0 / point.alpha_tilde)).add_(q, alpha=point.weight / point.alpha_tilde)
         lse = z.logsumexp(dim=-1)
         log_probs.append(z.gather(1, actions)[:, 0] - lse)
-        kl.append(minus_entropy - (pi * z).sum(dim=-1) + lse)
+        kl.append(minus_entropy - torch.linalg.vecdot(pi, z) + lse)
     return log_pi.gather(1, actions)[:, 0], torch.stack(log_probs), torch.stack(kl)
