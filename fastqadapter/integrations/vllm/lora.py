@@ -73,9 +73,8 @@ class LayerLora(nn.Module):
             low_rank *= mask
         own = y[step.tokens :]
         for columns, outputs, b in self.products:
-            own[:, outputs].add_(
-                low_rank[:, columns] @ getattr(self, b)
-            )  # `+=` would copy the slice onto itself as well
+            # Not `+=`, which would then copy the slice onto itself.
+            own[:, outputs].add_(low_rank[:, columns] @ getattr(self, b))
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Mapping[str, Pair]], step: Step, layers: dict[str, Any]) -> None:
