@@ -33,10 +33,10 @@ POINTS = [Point(), Point(weight=0.0), Point(0.4, 1.3, 1.0), Point(0.4, 1.3, -0.5
 # Scores
 
 
-def logits_of(model: torch.nn.Module, tokens: list[int]) -> Tensor:
+def logits_of(model: torch.nn.Module, tokens: list[int], **dials: object) -> Tensor:
     """(L, V), fp64."""
     with torch.no_grad():
-        return model(input_ids=torch.tensor([tokens])).logits[0].double()
+        return model(input_ids=torch.tensor([tokens]), **dials).logits[0].double()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi"])
@@ -48,17 +48,15 @@ def test_scores_are_those_of_the_policy(architecture: str, kv_mode: str) -> None
     twins.model.eval()
     prompt, *answers = PAIRS[0]
     batch = pack([(prompt, answers)])
-    points = [point for point in POINTS if point.weight == 1.0]
-    found = score_tokens(twins.model, batch, points)
+    found = score_tokens(twins.model, batch, POINTS)
     start = len(prompt) - 1
     base = torch.cat([logits_of(twins.base, prompt + each)[start:-1] for each in answers]).log_softmax(dim=-1)
     tokens = torch.tensor([token for each in answers for token in each])[:, None]
     torch.testing.assert_close(found.base, base.gather(1, tokens)[:, 0].float(), atol=2e-5, rtol=1e-5)
-    for number, point in enumerate(points):
-        twins.model.qadapter_configs["default"] = fqa.QAdapterConfig(
-            kv_mode=kv_mode, alpha_0=point.alpha_0, alpha_tilde=point.alpha_tilde
-        )
-        policy = torch.cat([logits_of(twins.model, prompt + each)[start:-1] for each in answers]).log_softmax(dim=-1)
+    for number, point in enumerate(POINTS):
+        dials = point.generate_options("default")
+        rows = [logits_of(twins.model, prompt + each, **dials)[start:-1] for each in answers]
+        policy = torch.cat(rows).log_softmax(dim=-1)
         kl = (base.exp() * (base - policy)).sum(dim=-1)
         torch.testing.assert_close(found.policy[number], policy.gather(1, tokens)[:, 0].float(), atol=5e-5, rtol=1e-4)
         torch.testing.assert_close(found.kl[number], kl.float(), atol=5e-5, rtol=1e-4)
@@ -76,6 +74,14 @@ def test_weights_of_a_point_scale_the_residual() -> None:
         expected = z.gather(1, batch.actions[:, None])[:, 0]
         torch.testing.assert_close(found.policy[number], expected.float(), atol=5e-5, rtol=1e-4)
     assert found.kl[1].abs().max() < 1e-5  # weight 0: the base itself
+
+
+def test_dials_go_with_logits_alone() -> None:
+    twins = make_twins("llama", "shared")
+    with pytest.raises(ValueError, match="the loss has those of the config"):
+        twins.model(packed(PAIRS, twins.model), alpha_0=0.5)
+    with pytest.raises(ValueError, match="are not loaded"):
+        logits_of(twins.model, PAIRS[0][0], adapters={"other": 1.0})
 
 
 def test_a_plain_lora_adapter_is_a_logits_head_without_the_base() -> None:

@@ -100,19 +100,35 @@ class QAdapterModel(PeftModelForCausalLM):
         """Config of the active adapter."""
         return self.qadapter_configs[self.active_adapter]
 
-    def forward(self, batch: PackedPairs | Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        batch: PackedPairs | Tensor | None = None,
+        *,
+        alpha_0: float | None = None,
+        alpha_tilde: float | None = None,
+        adapters: Mapping[str, Weight] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Packed pairs -> `QAdapterOutput(loss, metrics)`; `input_ids=...` -> logits of the customised policy.
 
         Args:
             batch: `PackedPairs` of the `PreferenceCollator`, on the device of the model; or `input_ids` (B, L).
+            alpha_0, alpha_tilde, adapters: of the policy, as in `generate`; the loss has those of the config.
             **kwargs: for logits, the arguments of the base model's own forward.
+
+        Raises:
+            ValueError: dials beside packed pairs, an unknown adapter, or a number outside its range.
         """
         if isinstance(batch, PackedPairs):
+            if (alpha_0, alpha_tilde, adapters) != (None, None, None):
+                raise ValueError(
+                    "alpha_0, alpha_tilde and adapters go with input_ids; the loss has those of the config"
+                )
             return self._preference_loss(batch)
         if batch is not None:
             kwargs["input_ids"] = batch
         model = self.get_base_model()
-        with lock_of(self.streams.decoder), customised(model, self._policy(None, None, None)):
+        with lock_of(self.streams.decoder), customised(model, self._policy(alpha_0, alpha_tilde, adapters)):
             return model(**kwargs)
 
     def train(self, mode: bool = True) -> QAdapterModel:
