@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +75,10 @@ class EvalArguments:
             raise ArgumentError(f"keep={self.keep} is outside its legal range [0, 1]")
         for name in ("alpha_0", "alpha_tilde", "weight"):
             for value in getattr(self, name):
-                legal = math.isfinite(value) and (name == "weight" or value > 0 or (name == "alpha_0" and value == 0))
-                if not legal:
-                    raise ArgumentError(f"{name}={value} cannot be swept: it is outside its legal range")
+                try:
+                    Point(**{name: value})
+                except ValueError as error:
+                    raise ArgumentError(f"{name}={value} cannot be swept: {error}") from None
 
     @property
     def dials(self) -> Sweep:
@@ -124,11 +124,11 @@ def main(argv: list[str]) -> None:
         "dataset": arguments.dataset_name,
         "pairs": len(pairs),
         "adapters": {name: _identity(folders[name], weights[name]) for name in folders},
-        "data": _digest([row for row in pairs] + list(texts)),
+        "data": _digest([*pairs, *texts]),
         "sweep": dataclasses.asdict(plan.sweep),
         **{name: getattr(arguments, name) for name in ("max_length", "tasks", "samples", "sample_tokens", "keep")},
     }
-    evaluation = Evaluation(folder, json.loads(json.dumps(settings)))
+    evaluation = Evaluation(folder, settings)
     results = Evaluator(model, tokenizer, plan, evaluation).run(home)
     report = format_report(results)
     (folder / REPORT).write_text(report, encoding="utf-8")

@@ -54,7 +54,8 @@ class Evaluation:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.path = folder / RESULTS
         folder.mkdir(parents=True, exist_ok=True)
-        self.results: dict[str, Any] = {"format": FORMAT, "settings": dict(settings), "stages": {}}
+        settings = json.loads(json.dumps(settings))  # as the file will have them: lists for tuples
+        self.results: dict[str, Any] = {"format": FORMAT, "settings": settings, "stages": {}}
         if self.path.exists():
             self.results = self._read()
             found = self.results["settings"]

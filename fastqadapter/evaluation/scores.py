@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastqadapter.models import QAdapterModel
 from fastqadapter.models.base import lm_head_of
-from fastqadapter.models.dials import Dials
+from fastqadapter.models.dials import Dials, checked_weight
 from fastqadapter.packing import PackedPairs
 
 LOGITS = 2**22  # at a time: 16 MiB, which allocators keep and use again
@@ -27,7 +27,7 @@ class Point:
     """Dials of a customised policy with one adapter: `softmax((weight q + alpha_0 log pi) / alpha_tilde)`.
 
     Raises:
-        ValueError: an alpha outside its range.
+        ValueError: an alpha outside its range, or a weight that is not finite.
     """
 
     alpha_0: float = 1.0
@@ -35,7 +35,7 @@ class Point:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        Dials(self.alpha_0, self.alpha_tilde, {"": self.weight})
+        Dials(self.alpha_0, self.alpha_tilde, {"": checked_weight("", self.weight)})
 
     def generate_options(self, adapter: str) -> dict[str, Any]:
         """What `QAdapterModel.generate` takes for it; weight 0 is no adapter, which a `logits` head allows too."""
