@@ -79,6 +79,24 @@ print(tool.check(tool.Job("sm_90", "bf16", "Llama-3-8B", launches[0]))[1])
     assert "loads of less than 16 bytes" in logits
 
 
+def test_scores_are_rounded_alike_in_every_kernel():
+    """The backward kernel forms the scores anew; one product fused with a sum, and exp(c - lse) is off by 1.6% where c is
+    1e5. The forward kernel has fused ones in its logarithms alone, however many scores a lane has."""
+    script = """
+import kernel_compiler
+from fastqadapter_kernels.triton import residual
+kernel_compiler.NVIDIA_INSTRUCTIONS["fused"] = r"\\bFFMA\\b"
+lse = torch.empty(64, dtype=torch.float32, device="meta")
+for vocab in (3000, 128256):
+    logits = torch.empty(64, vocab, dtype=torch.bfloat16, device="meta")
+    with recorded_launches(GPUS["sm_90"]) as launches:
+        residual.residual_soft_value_bwd(logits, logits, lse, lse, 0.7, 1.3)
+        residual.residual_soft_value(logits, logits, 0.7, 1.3)
+    print([compile_launch(launch, GPUS["sm_90"]).instructions.get("fused", 0) for launch in launches])
+"""
+    assert run(script).splitlines() == ["[0, 24]", "[0, 24]"]
+
+
 def test_plain_tf32_and_missing_tensor_cores_are_found():
     script = """
 print(problems("sm_90", "fp32", soft_value_lse.soft_value_lse, LseConfig(64, 64, 16, 8, 3, precision="tf32")))

@@ -24,7 +24,7 @@ DEVICE = torch.device(device_of("triton"))
 
 
 def soft_value(backend: str, **changes: Any) -> torch.Tensor:
-    case = problem(dtype=torch.float32)
+    case = problem(dtype=torch.float32).to(DEVICE)
     arguments = {"hidden_q": case.hidden_q, "hidden_b": case.hidden_b, "weight": case.weight, **case.options}
     return ops.soft_value(**{**arguments, **changes}, backend=backend)
 
@@ -52,7 +52,7 @@ def test_meta_tensors_are_refused_by_name():
 
 def test_other_differentiation_is_refused_by_name():
     """The kernels have a backward pass alone; without a word they would pass for constants. `auto` goes on."""
-    hidden_q = problem(dtype=torch.float32).hidden_q
+    hidden_q = problem(dtype=torch.float32).hidden_q.to(DEVICE)
 
     def value(backend: str) -> Any:
         return lambda q: soft_value(backend, hidden_q=q).sum()
@@ -73,6 +73,7 @@ def test_absent_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     assert soft_value("auto").shape == (5,)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled, not interpreted")
 def test_auto_never_interprets(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, logger="fastqadapter")
     backends._log_refusal_once.cache_clear()

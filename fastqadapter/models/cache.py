@@ -81,7 +81,7 @@ class StreamCache(Cache):
     @property
     def is_forked(self) -> bool:
         """Whether the streams have K/V of their own behind the prompt (`prompt` mode)."""
-        return bool(self.layers) and isinstance(self.layers[0], ForkedLayer)
+        return len(self.layers) > 0 and isinstance(self.layers[0], ForkedLayer)
 
     def check_usable(self, config: PreTrainedConfig, kv_mode: KVMode, batch: int) -> None:
         """Raise a ValueError where the cache is of another model or mode, or of another number of sequences."""

@@ -42,13 +42,14 @@ class Hardware:
         return self.arch.startswith("gfx")
 
 
-def launch_options(hw: Hardware, num_warps: int) -> dict[str, int | bool]:
-    """Options of a launch that do not depend on the kernel.
+def launch_options(hw: Hardware, num_warps: int, *, fp_fusion: bool = True) -> dict[str, int | bool]:
+    """Options of a launch that do not depend on the kernel, beside `fp_fusion`: whether products and sums may become
+    one instruction that rounds once.
 
     `maxnreg` is what the registers of a multiprocessor allow one block, so it binds nothing; but without it ptxas
     guesses at a number of blocks and spills a dozen registers to reach it.
     """
-    options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": fp_fusion}
     return {**options, "maxnreg": min(255, 65536 // (32 * num_warps))} if hw.capability else options
 
 
