@@ -80,8 +80,8 @@ print(tool.check(tool.Job("sm_90", "bf16", "Llama-3-8B", launches[0]))[1])
 
 
 def test_scores_are_rounded_alike_in_every_kernel():
-    """The backward kernel forms the scores anew; one product fused with a sum, and exp(c - lse) is off by 1.6% where c is
-    1e5. The forward kernel has fused ones in its logarithms alone, however many scores a lane has."""
+    """The backward kernel forms the scores anew; one product fused with a sum, and exp(c - lse) is off by 1.6% where c
+    is 1e5. The forward kernel has fused ones in its logarithms alone, however many scores a lane has."""
     script = """
 import kernel_compiler
 from fastqadapter_kernels.triton import residual

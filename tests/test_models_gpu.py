@@ -1,5 +1,7 @@
-"""Whole models on a GPU against the same models on the CPU: training, generation, compiled steps. The CPU's own tests are
-tests/test_models_training.py, test_models_generation.py and test_compiled.py."""
+"""Whole models on a GPU against the same models on the CPU: training, generation, compiled steps.
+
+The CPU's own tests are tests/test_models_training.py, test_models_generation.py and test_compiled.py.
+"""
 
 from __future__ import annotations
 

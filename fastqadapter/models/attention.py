@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from fastqadapter.config import KVMode
 from fastqadapter.models.cpu_attention import CpuAttentionFunction, rows_of
+from fastqadapter.models.padded_attention import MOST_SCORES, PaddedSegments, padded_attention, scores_of
 from fastqadapter.models.scores import ScoreRule, bottom_right_mask, explicit_attention
 from fastqadapter.packing import PackedPairs
 
@@ -37,6 +38,10 @@ class Segment:
     def sizes(self) -> tuple[int, int]:
         """Number of query rows and of key rows."""
         return self.queries.stop - self.queries.start, sum(part.stop - part.start for part in self.keys)
+
+    @property
+    def key_rows(self) -> list[int]:
+        return [row for part in self.keys for row in range(part.start, part.stop)]
 
     def is_causal_square(self, window: int | None) -> bool:
         """Whether plain causal attention without a mask does it."""
@@ -64,6 +69,8 @@ class PackedAttention:
         self.first_read = first_read  # K/V of the layers below are not recorded: nobody reads them
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
         self._additive: dict[tuple[int, int, int | None], Tensor] = {}
+        self._padded: PaddedSegments | None = None
+        self._padded_masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(1, Hkv, T_kv, Dh) keys and values on the K/V axis of this pass."""
@@ -86,6 +93,22 @@ class PackedAttention:
         if key not in self._masks:
             self._masks[key] = bottom_right_mask(queries, keys, window, device)
         return self._masks[key]
+
+    def padded(self, query: Tensor, keys: Tensor) -> PaddedSegments:
+        """The segments as a batch; built once a pass."""
+        if self._padded is None:
+            rows = [(range(each.queries.start, each.queries.stop), each.key_rows) for each in self.segments]
+            self._padded = PaddedSegments.build(rows, query.shape[2], keys.shape[2], query.device)
+        return self._padded
+
+    def padded_mask(self, padded: PaddedSegments, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Its mask: bool, or additive in a floating `dtype`."""
+        key = (window, dtype)
+        if key not in self._padded_masks:
+            seen = padded.mask(window)
+            additive = torch.zeros(seen.shape, dtype=dtype, device=seen.device) if dtype.is_floating_point else None
+            self._padded_masks[key] = seen if additive is None else additive.masked_fill_(~seen, -torch.inf)
+        return self._padded_masks[key]
 
     def additive_mask(self, segment: Segment, window: int | None) -> Tensor | None:
         """The same as 0 and -inf in fp32 on the CPU; None where the segment is square and causal."""
@@ -163,6 +186,11 @@ def packed_attention(
         output = CpuAttentionFunction.apply(query, keys, values, segments, rule.scaling)
         return output.transpose(1, 2), None
 
+    if _fits_padding(query, packed):
+        padded = packed.padded(query, keys)
+        mask = packed.padded_mask(padded, rule.window, query.dtype if rule.is_plain else torch.bool)
+        return padded_attention(query, keys, values, padded, mask, rule).transpose(1, 2), None
+
     def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         outputs = [_attend_segment(segment, query, keys, values, packed, rule) for segment in packed.segments]
         return torch.cat(outputs, dim=2)
@@ -173,6 +201,11 @@ def packed_attention(
     else:
         output = attend(query, keys, values)
     return output.transpose(1, 2), None
+
+
+def _fits_padding(query: Tensor, packed: PackedAttention) -> bool:
+    """Whether all segments go into one call. On a CPU calls cost nothing."""
+    return query.device.type != "cpu" and scores_of([each.sizes for each in packed.segments]) <= MOST_SCORES
 
 
 def _half_on_cpu(query: Tensor, values: Tensor) -> bool:

@@ -40,6 +40,15 @@ from fastqadapter.ops.derivative import first_derivative
 # in the last-level cache while it is turned into probabilities.
 ROW_BLOCK = 512
 VOCAB_TILE = 1024
+# On a GPU each of the two dozen launches of a tile costs the same however small the tile is: with the sizes above
+# 4112 rows of Gemma-2's head took 1072 ms on an H200, of which the products are 21. Scores of these take 128 MiB.
+GPU_ROW_BLOCK = 2048
+GPU_VOCAB_TILE = 8192
+
+
+def tile_sizes(device: torch.device) -> tuple[int, int]:
+    """Rows and vocabulary of a tile."""
+    return (ROW_BLOCK, VOCAB_TILE) if device.type == "cpu" else (GPU_ROW_BLOCK, GPU_VOCAB_TILE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,8 +135,9 @@ def soft_value_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # v (N,), base_lse (N,), e (N, D)
     """`v`, `lse(b)` and, if asked, `e = dv/dhidden_q`, over blocks of rows and tiles of the vocabulary."""
     blocks = []
-    for start in range(0, hidden_q.shape[0], ROW_BLOCK):
-        rows = slice(start, start + ROW_BLOCK)
+    row_block, _ = tile_sizes(hidden_q.device)
+    for start in range(0, hidden_q.shape[0], row_block):
+        rows = slice(start, start + row_block)
         known_lse = None if base_lse is None else base_lse[rows]
         blocks.append(_row_block(hidden_q[rows], hidden_b[rows], weight, params, known_lse, with_gradient))
     values, lses, expected = zip(*blocks, strict=True)
@@ -168,6 +178,12 @@ def _row_block(
 _Tile = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
+def _tiles(weight: Tensor) -> Iterator[slice]:
+    """Parts of the vocabulary."""
+    _, vocab_tile = tile_sizes(weight.device)
+    return (slice(start, start + vocab_tile) for start in range(0, weight.shape[0], vocab_tile))
+
+
 def _both_logits(
     hidden_q: Tensor, hidden_b: Tensor, weight: Tensor, params: HeadParams, with_gradient: bool
 ) -> Iterator[_Tile]:
@@ -176,8 +192,7 @@ def _both_logits(
     rows = hidden_q.shape[0]
     stacked = torch.cat([hidden_b.to(weight.dtype), hidden_q.to(weight.dtype)])
     share_of_base = params.alpha_0 - (1.0 if params.difference else 0.0)
-    for start in range(0, weight.shape[0], VOCAB_TILE):
-        columns = slice(start, start + VOCAB_TILE)
+    for columns in _tiles(weight):
         logits = F.linear(stacked, weight[columns]).to(dtype)
         base_logits, q_values = logits[:rows], logits[rows:]
         for part, bias in ((base_logits, params.bias), (q_values, params.bias_q)):
@@ -203,8 +218,7 @@ def _summed_states(
     bias = None if params.bias_q is None else params.bias_q.to(dtype)
     if params.bias is not None:
         bias = params.alpha_0 * params.bias.to(dtype) + (0.0 if bias is None else bias)
-    for start in range(0, weight.shape[0], VOCAB_TILE):
-        columns = slice(start, start + VOCAB_TILE)
+    for columns in _tiles(weight):
         scores = F.linear(summed, weight[columns]).to(dtype)
         if bias is not None:
             scores.add_(bias[columns])

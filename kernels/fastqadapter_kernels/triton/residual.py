@@ -10,9 +10,9 @@ KiB, twice the registers of a multiprocessor) and are read a second time: from t
 rows of so many multiprocessors that they draw the bandwidth of the memory (on an H100 in bf16 up to V = 160000), else
 from memory.
 
-A score is computed several times, in the forward and in the backward kernel, and must have the same bits each time: with
-scores of 1e5 (alpha_tilde = 0.05) one rounding more or less made the gradient wrong by 1.6% on an H200. So products and
-sums are never fused here. All these kernels wait for memory.
+A score is computed several times, in the forward and in the backward kernel, and must have the same bits each time:
+with scores of 1e5 (alpha_tilde = 0.05) one rounding more or less made the gradient wrong by 1.6% on an H200. So
+products and sums are never fused here. All these kernels wait for memory.
 """
 
 from __future__ import annotations
