@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastqadapter.loss import NonFiniteLossError
+from fastqadapter.sharding import whole
 
 Gather = Callable[[Tensor], Tensor]  # concatenates the tensors of all processes
 
@@ -69,7 +70,7 @@ class FiniteGuard(TrainerCallback):
         gradients = [parameter.grad.float() for parameter in model.parameters() if parameter.grad is not None]
         device = gradients[0].device if gradients else next(model.parameters()).device
         losses = torch.stack([torch.zeros((), device=device), *(loss.float().to(device) for loss, _ in seen)])
-        norm = torch.nn.utils.get_total_norm(gradients).to(device)
+        norm = whole(torch.nn.utils.get_total_norm(gradients)).to(device)
         if args.fp16:  # the gradient scaler skips a step with infinite gradients, and goes on with a smaller scale
             norm = torch.zeros_like(norm)
         # Every process must come to the same end, or the others wait for this one.
@@ -106,5 +107,5 @@ def last_checkpoint(folder: str, last_step: float = float("inf")) -> str | None:
 def check_finite_weights(model: nn.Module, folder: str) -> None:
     """Raise a `NonFiniteLossError` if a trained weight is NaN or infinite, rather than save it."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+        if parameter.requires_grad and not bool(whole(parameter.isfinite().all())):
             raise NonFiniteLossError(f"weight {name!r} is not finite, so {folder} is not written; lower learning_rate")

@@ -13,14 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports from the lines above its own and from its own package, never from its own line or below.
 LAYERS = [
-    {"fastqadapter_kernels", "config", "packing", "rows", "plots", "progress", "prompts", "testing"},
+    {"fastqadapter_kernels", "config", "packing", "rows", "plots", "progress", "prompts", "sharding", "testing"},
     {"ops"},
     {"loss"},
     {"models", "data", "environment", "monitor"},
     {"trainer", "evaluation"},
     {"demo", "integrations"},
     {"commands"},
-    {"cli"},
+    {"cli", "lm_eval"},
     {"__main__"},
 ]
 # What the lowest layers may import besides the standard library and the layers above.

@@ -35,6 +35,7 @@ from fastqadapter.models.loading import (
 )
 from fastqadapter.models.peft_configs import checked_peft_config
 from fastqadapter.models.policy import Policy, check_assistant, check_uncached_input, customised
+from fastqadapter.models.sharded_head import gathered_head
 from fastqadapter.models.streams import TwoStreams, check_servable, lock_of
 from fastqadapter.packing import PackedPairs
 
@@ -154,7 +155,8 @@ class QAdapterModel(PeftModelForCausalLM):
             raise ValueError("the loss of packed pairs needs the adapter: call the model outside of disable_adapter()")
         model = self.get_base_model()
         hidden_q, hidden_b = self.hidden_states(batch)
-        loss, metrics = q_adapter_loss(hidden_q, hidden_b, base.lm_head_of(model), batch, self.qadapter_config)
+        with gathered_head(model, hidden_b) as head:
+            loss, metrics = q_adapter_loss(hidden_q, hidden_b, head, batch, self.qadapter_config)
         return QAdapterOutput(loss=loss, metrics=metrics)
 
     def hidden_states(self, batch: PackedPairs) -> tuple[Tensor, Tensor]:
