@@ -7,12 +7,13 @@ exactly the tokenisation of the whole text, also where tokens merge across the b
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from array import array
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, overload
 
-from fastqadapter.packing import PackedPairs, pack_pairs
+from fastqadapter.packing import BaseStates, PackedPairs, pack_pairs
 from fastqadapter.rows import (
     TOKENIZED_KEYS,
     BadRow,
@@ -109,7 +110,11 @@ class PreferenceCollator:
                 "filter the rows with tokenize_rows before training"
             )
         pairs = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in kept]
-        return pack_pairs(pairs, pad_action=self.pad_action, sources=[row["source"] for row in kept])
+        packed = pack_pairs(pairs, pad_action=self.pad_action, sources=[row["source"] for row in kept])
+        base = [row["base"] for row in rows if "base" in row]
+        if len(base) != len(kept):  # most often none has any
+            return packed
+        return dataclasses.replace(packed, base=BaseStates.cat(base))
 
 
 def tokenize_rows(

@@ -160,8 +160,17 @@ def q_adapter_loss(
         softcap=head.softcap,
         difference=difference and head.softcap is not None,
     )
+    # In half precision a known lse would cost accuracy: see `ops.soft_value`.
+    exact = batch.base is not None and head.weight.dtype in (torch.float32, torch.float64)
     values, base_lse, q_products = ops.state_action_values(
-        hidden_q, hidden_b, head.weight, params, transitions.states, actions, backend=backend
+        hidden_q,
+        hidden_b,
+        head.weight,
+        params,
+        transitions.states,
+        actions,
+        base_lse=batch.base.lse if exact and batch.base is not None else None,
+        backend=backend,
     )
     with torch.no_grad():
         base_products = ops.taken_value(

@@ -11,7 +11,7 @@ the rows that predict a response token, `[ P-1 | chosen 0..L_1-2 | rejected 0..L
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,21 @@ class GroupLayout:
 
 
 @dataclasses.dataclass(frozen=True)
+class BaseStates:
+    """What the base says of the state rows of a batch, or of some of them, where it is known already."""
+
+    hidden: Tensor  # (S, D) last hidden states
+    lse: Tensor  # (S,) lse of the base logits, fp32
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> BaseStates:
+        return BaseStates(function(self.hidden), function(self.lse))
+
+    @classmethod
+    def cat(cls, parts: Sequence[BaseStates]) -> BaseStates:
+        return cls(torch.cat([part.hidden for part in parts]), torch.cat([part.lse for part in parts]))
+
+
+@dataclasses.dataclass(frozen=True)
 class PackedPairs:
     """A micro-batch of prompts with their responses (two each for training: chosen, rejected) on one token axis.
 
@@ -47,6 +62,7 @@ class PackedPairs:
     lengths: tuple[tuple[int, ...], ...]  # per pair: tokens of the prompt, of the chosen, of the rejected response
     pad_action: int | None = None
     sources: tuple[str, ...] = ()  # where each pair came from, for error messages
+    base: BaseStates | None = None  # then no base pass is needed, in `separate` mode
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -66,12 +82,13 @@ class PackedPairs:
             name: getattr(self, name).to(device, non_blocking=non_blocking)
             for name in ("input_ids", "position_ids", "actions")
         }
-        return dataclasses.replace(self, **moved)
+        base = None if self.base is None else self.base.map(lambda x: x.to(device, non_blocking=non_blocking))
+        return dataclasses.replace(self, **moved, base=base)
 
     def pin_memory(self) -> PackedPairs:
         """The same batch in page-locked memory (the DataLoader's `pin_memory=True` calls this)."""
         pinned = {name: getattr(self, name).pin_memory() for name in ("input_ids", "position_ids", "actions")}
-        return dataclasses.replace(self, **pinned)
+        return dataclasses.replace(self, **pinned, base=None if self.base is None else self.base.map(Tensor.pin_memory))
 
     @property
     def layout(self) -> list[GroupLayout]:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastqadapter.base_cache import cached_rows
 from fastqadapter.config import CONFIG_NAME, QAdapterConfig, read_sidecar
 from fastqadapter.data import PreferenceCollator, TokenizedRows, tokenize_rows
 from fastqadapter.loss import NonFiniteLossError
@@ -55,6 +57,13 @@ class QAdapterTrainingArguments(TrainingArguments):
     )
     on_bad_row: Literal["raise", "skip"] = dataclasses.field(
         default="raise", metadata={"help": "'raise' at a malformed row, or 'skip' and count it"}
+    )
+    cache_base: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "folder to keep the base's hidden states of the training pairs in, so that steps in separate mode "
+            "need no base pass"
+        },
     )
     disable_dropout: bool = dataclasses.field(
         default=True, metadata={"help": "train without lora_dropout: the Q stream is compared with a noiseless base"}
@@ -218,7 +227,23 @@ class QAdapterTrainer(Trainer):
             ValueError: the checkpoint to resume from was trained with other hyper-parameters.
         """
         self._train_means.clear()
+        self._cache_base()
         return super().train(*args, **kwargs)
+
+    def _cache_base(self) -> None:
+        """Let the training rows bring what the base says of them. Before any sharding of the model."""
+        rows: Any = self.train_dataset
+        if self.args.cache_base is None or not isinstance(rows, TokenizedRows):
+            return
+        self.train_dataset: Any = cached_rows(
+            self.model,
+            rows,
+            Path(self.args.cache_base),
+            pad_action=getattr(self.data_collator, "pad_action", None),
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         sidecar = adapter_folder(resume_from_checkpoint, self.model.active_adapter) / CONFIG_NAME

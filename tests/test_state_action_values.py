@@ -54,6 +54,28 @@ def test_is_soft_value_and_taken_value(backend: str):
     assert torch.equal(products, ops.taken_value(q[states], weight, actions, backend=backend))
 
 
+@each_backend
+def test_with_a_known_lse(backend: str):
+    """Values, products and gradient are those that it finds itself, and the lse is handed through."""
+    case = problem("bias", dtype=wide(backend))
+    tensors = [case.hidden_q, case.hidden_b, case.weight, torch.tensor(STATES), torch.tensor(ACTIONS)]
+    results = []
+    for known in (False, True):
+        q, b, weight, states, actions = move(backend, *tensors)
+        q = q.detach().requires_grad_()
+        lse = case.value(backend)[1].to(weight.device) if known else None
+        params = params_of(case.to(weight.device))
+        value, found, products = ops.state_action_values(
+            q, b, weight, params, states, actions, base_lse=lse, backend=backend
+        )
+        assert lse is None or torch.equal(found, lse)
+        results.append([value, products, torch.autograd.grad(value.sum() + products.sum(), q)[0]])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match=r"base_lse .*\(3,\)"):
+        ops.state_action_values(q, b, weight, params, states, actions, base_lse=torch.zeros(3), backend=backend)
+
+
 @each_backend_and_dtype
 @head_options
 def test_accuracy(head: str, backend: str, dtype: torch.dtype):

@@ -29,17 +29,24 @@ def state_action_values_ref(
     params: HeadParams,
     states: Tensor,  # (M,)
     actions: Tensor,  # (M,)
+    base_lse: Tensor | None,  # (S,)
 ) -> Values:
     """The two definitions, one after the other."""
-    value, base_lse = soft_value_ref(hidden_q, hidden_b, weight, params, None)
+    value, base_lse = soft_value_ref(hidden_q, hidden_b, weight, params, base_lse)
     return value, base_lse, taken_value_ref(hidden_q.index_select(0, states), weight, actions)
 
 
 def state_action_values_tiled(
-    hidden_q: Tensor, hidden_b: Tensor, weight: Tensor, params: HeadParams, states: Tensor, actions: Tensor
+    hidden_q: Tensor,  # (S, D)
+    hidden_b: Tensor,  # (S, D)
+    weight: Tensor,  # (V, D)
+    params: HeadParams,
+    states: Tensor,  # (M,)
+    actions: Tensor,  # (M,)
+    base_lse: Tensor | None,  # (S,)
 ) -> Values:
     """With the soft value tile by tile."""
-    value, base_lse = soft_value_tiled(hidden_q, hidden_b, weight, params, None)
+    value, base_lse = soft_value_tiled(hidden_q, hidden_b, weight, params, base_lse)
     return value, base_lse, taken_value_ref(hidden_q.index_select(0, states), weight, actions)
 
 
@@ -64,6 +71,7 @@ def state_action_values(
     states: Tensor,  # (M,)
     actions: Tensor,  # (M,)
     *,
+    base_lse: Tensor | None = None,  # (S,)
     backend: str = "auto",
 ) -> Values:
     """Soft value and lse of the base logits of each state, and the product `W[a] . d` of each transition.
@@ -76,6 +84,7 @@ def state_action_values(
         states: (M,) int64 or int32, the row of each transition; a row may have any number of transitions. One outside
             raises on the CPU, as an action does.
         actions: (M,) int64 or int32, the token that each transition takes, see `taken_value`.
+        base_lse: (S,) lse of the base logits, if known; see `soft_value` for what it saves, and costs.
         backend: `auto`, `triton`, `cpu`, `torch` or `eager`.
 
     Returns:
@@ -86,6 +95,8 @@ def state_action_values(
         ValueError: as `soft_value` and `taken_value`; no state.
     """
     check_states(hidden_q, hidden_b, weight, params)
+    if base_lse is not None:
+        checks.check_vector("base_lse", base_lse, hidden_q.shape[0], weight, "S")
     if hidden_q.shape[0] == 0:
         raise ValueError("hidden_q has 0 rows; expected at least one state")
     if states.dtype not in (torch.int64, torch.int32) or states.dim() != 1:
@@ -93,5 +104,5 @@ def state_action_values(
     checks.check_device("states", states, weight)
     checks.check_index("state", states, hidden_q.shape[0], "the rows of hidden_q")
     checks.check_actions(actions, states.shape[0], weight, "M")
-    args = (hidden_q, hidden_b, weight, params, states, actions)
+    args = (hidden_q, hidden_b, weight, params, states, actions, base_lse)
     return choose("state_action_values", IMPLEMENTATIONS, backend, *args)(*args)

@@ -210,9 +210,10 @@ def state_action_values_fused(
     params: HeadParams,
     states: Tensor,  # (M,)
     actions: Tensor,  # (M,)
+    base_lse: Tensor | None,  # (S,)
 ) -> tuple[Tensor, Tensor, Tensor]:  # v (S,), base_lse (S,), q[a] (M,)
     """Both values with one gradient of the hidden states: one launch writes it, gather included."""
-    tensors = _tensors(hidden_q, hidden_b, weight, params, None)
+    tensors = _tensors(hidden_q, hidden_b, weight, params, base_lse)
     states, actions = states.contiguous(), actions.contiguous()
     if torch.is_grad_enabled() and hidden_q.requires_grad:
         value, taken, lse, *_ = state_action_values_op(backend, *tensors, *_numbers(params), states, actions)
