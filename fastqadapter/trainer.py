@@ -30,6 +30,7 @@ from fastqadapter.data import PreferenceCollator, TokenizedRows, tokenize_rows
 from fastqadapter.loss import NonFiniteLossError
 from fastqadapter.models import QAdapterModel, QAdapterOutput, get_qadapter_model
 from fastqadapter.models.loading import adapter_folder
+from fastqadapter.models.sharded import loading_whole
 from fastqadapter.monitor import FiniteGuard, PairMeans, check_finite_weights
 from fastqadapter.packing import PackedPairs
 
@@ -150,7 +151,8 @@ class QAdapterTrainer(Trainer):
             name = model if isinstance(model, str) else model.config.name_or_path
             processing_class = AutoTokenizer.from_pretrained(name)
         set_seed(args.seed)  # Trainer does it too, but after the adapter has got its random weights
-        model = _as_qadapter_model(model, qadapter_config, peft_config, quantization_config)
+        with loading_whole(getattr(args, "hf_deepspeed_config", None)):
+            model = _as_qadapter_model(model, qadapter_config, peft_config, quantization_config)
         _check_vocabulary(model, processing_class)
         if args.disable_dropout:
             _disable_dropout(model)

@@ -22,6 +22,7 @@ from test_trainer import TOKENIZER, arguments
 from tiny import lora_parameters, tiny_base
 from words import word_rows
 
+LAUNCH = Path(__file__).parents[1] / "examples" / "launch"
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 PLAIN_SGD = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
@@ -37,6 +38,7 @@ class Task:
     kv_mode: fqa.config.KVMode = "separate"
     tied: bool = False  # LM head and embedding
     fsdp: bool = False
+    deepspeed: bool = False  # ZeRO-3
     settings: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(PLAIN_SGD))
     resume: bool = False
     dies_after: int | None = None  # optimizer steps, of the last rank
@@ -57,6 +59,10 @@ def main(folder: Path) -> None:
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     meeting = f"file://{folder.resolve()}/rendezvous-{os.environ['RUN']}"
     dist.init_process_group("gloo", meeting, rank=rank, world_size=processes)
+    if os.environ.get("DS_ACCELERATOR"):
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     tasks = [Task(**task) for task in json.loads((folder / "tasks.json").read_text())]
     found = [carry_out(task, folder, rank == processes - 1) for task in tasks]
     if rank == 0:
@@ -78,6 +84,9 @@ def make_trainer(task: Task, folder: Path, is_last: bool) -> fqa.QAdapterTrainer
     settings = {"num_train_epochs": 1, **task.settings}
     if dist.is_initialized():
         settings["ddp_backend"] = "gloo"
+    if task.deepspeed:
+        ours = json.loads((LAUNCH / "deepspeed_zero3.json").read_text())
+        settings["deepspeed"] = ours | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     if task.fsdp:
         settings |= {"fsdp": True, "fsdp_config": dict(FSDP)}
     args = arguments(

@@ -45,6 +45,8 @@ def start_two(folder: Path, *tasks: Task) -> tuple[list[int], str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     # accelerate wants an address; gloo meets at a file, and a file is for one meeting
     environment |= {"PYTHONFAULTHANDLER": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    if any(task.deepspeed for task in tasks):
+        environment |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2"}
     environment["RUN"] = str(len(list(folder.glob("rendezvous-*"))))
     workers, logs = [], [folder / f"log{rank}" for rank in range(2)]
     for rank, log in enumerate(logs):
@@ -142,6 +144,16 @@ def test_goes_on_after_a_worker_was_killed(tmp_path: Path, four_steps: Any, fsdp
         assert_same(
             carry_out(dataclasses.replace(FOUR_STEPS, resume=True), tmp_path / "copy"), four_steps, "losses", "weights"
         )
+
+
+@each_mode
+def test_deepspeed_zero3(tmp_path: Path, kv_mode: str) -> None:
+    """With the configuration of the examples; what a stand-in for DeepSpeed shows is in test_sharded.py."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    task = Task(rows=16, batch_size=8, kv_mode=kv_mode, settings={**ADAM, "optim": "sgd"})  # type: ignore[arg-type]
+    one = carry_out(task, tmp_path / "one")
+    [two] = found_by_two(tmp_path / "two", by_two(task, deepspeed=True))
+    assert_same(two, one, "losses", "weights")
 
 
 def test_goes_on_with_more_processes(tmp_path: Path, four_steps: Any) -> None:

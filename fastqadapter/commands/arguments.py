@@ -87,8 +87,10 @@ class ModelArguments:
     )
 
 
-def load_model_and_tokenizer(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model, on a GPU where there is one, and its tokenizer."""
+def load_model_and_tokenizer(
+    arguments: ModelArguments, *, on_gpu: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, on a GPU where there is one and `on_gpu`, and its tokenizer."""
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # "Loading weights" is for eyes, not for log files
     name = arguments.model_name_or_path
@@ -102,7 +104,7 @@ def load_model_and_tokenizer(arguments: ModelArguments) -> tuple[PreTrainedModel
         reason = " ".join(str(error).split())[:300]
         raise ArgumentError(f"model_name_or_path={name!r} cannot be loaded: {reason}") from error
     placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
-    return model if placed or not torch.cuda.is_available() else model.to("cuda"), tokenizer
+    return model.to("cuda") if on_gpu and torch.cuda.is_available() and not placed else model, tokenizer
 
 
 def load_rows(option: str, name: str, split: str, *, config: str | None = None, on_bad_row: OnBadRow = "raise") -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, TaskType
 from fastqadapter.commands.arguments import ModelArguments, OneLineHfParser, load_model_and_tokenizer, load_rows
 from fastqadapter.commands.parsing import ArgumentError
 from fastqadapter.config import QAdapterConfig
+from fastqadapter.models.sharded import loading_whole
 from fastqadapter.monitor import last_checkpoint
 from fastqadapter.progress import show_metric_lines
 from fastqadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments
@@ -58,7 +60,8 @@ def main(argv: list[str]) -> None:
     script, model_arguments, config, lora, args = parser.parse(argv)
     _check_lora(lora, args)
     train_rows, eval_rows = _load_rows(script, args)
-    model, tokenizer = load_model_and_tokenizer(model_arguments)
+    with loading_whole(getattr(args, "hf_deepspeed_config", None)):
+        model, tokenizer = load_model_and_tokenizer(model_arguments, on_gpu=not _is_sharded(args))
     trainer = QAdapterTrainer(
         model=model,
         args=args,
@@ -77,8 +80,15 @@ def main(argv: list[str]) -> None:
     trainer.save_state()
     if eval_rows is not None:
         trainer.save_metrics("eval", trainer.evaluate())
-    _plot(trainer.state.log_history, Path(args.output_dir))
-    print(f"adapter saved to {args.output_dir}")
+    if trainer.is_world_process_zero():
+        _plot(trainer.state.log_history, Path(args.output_dir))
+        print(f"adapter saved to {args.output_dir}")
+
+
+def _is_sharded(args: QAdapterTrainingArguments) -> bool:
+    """Whether a GPU gets but its part of the base; accelerate's launcher says so by environment variables."""
+    launched = (os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed) or any(launched)
 
 
 def _check_lora(lora: LoraArguments, args: QAdapterTrainingArguments) -> None:

@@ -88,6 +88,11 @@ def check_lm_head(model: PreTrainedModel, decoder: PreTrainedModel, head: LMHead
     """
     if head.weight.is_meta:
         raise ValueError(f"the weights of {type(model).__name__} are on the meta device: load them first")
+    if head.weight.numel() == 0:
+        raise ValueError(
+            f"the weights of {type(model).__name__} are partitioned by DeepSpeed ZeRO-3: load the model before the "
+            "training arguments are made, or give QAdapterTrainer its name"
+        )
     # Several: the embedding of a padding token may be all zeros, and its logits too.
     tokens = torch.arange(min(8, head.weight.shape[0]), device=head.weight.device)[None]
     outputs: list[Any] = []

@@ -35,7 +35,7 @@ from fastqadapter.models.loading import (
 )
 from fastqadapter.models.peft_configs import checked_peft_config
 from fastqadapter.models.policy import Policy, check_assistant, check_uncached_input, customised
-from fastqadapter.models.sharded_head import gathered_head
+from fastqadapter.models.sharded import gathered_head
 from fastqadapter.models.streams import TwoStreams, check_servable, lock_of
 from fastqadapter.packing import PackedPairs
 

@@ -1,15 +1,17 @@
-"""The LM head where training shards the base over processes: the loss reads its weight, outside of its forward."""
+"""Where training shards the base over processes: FSDP2, DeepSpeed ZeRO-3."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from fastqadapter.loss import LMHead
 from fastqadapter.models.base import lm_head_of
@@ -18,7 +20,8 @@ from fastqadapter.sharding import whole
 
 @contextlib.contextmanager
 def gathered_head(model: PreTrainedModel, hidden: Tensor) -> Iterator[LMHead]:
-    """The whole head on every process, after the decoder has made `hidden` (S, D).
+    """The whole head on every process, after the decoder has made `hidden` (S, D): the loss reads its weight, outside
+    of its forward.
 
     FSDP2 gathers a group of parameters for the forward of its modules, and the group of the head waits until the head
     has run: so it runs, on no rows. DeepSpeed ZeRO-3 gathers for the length of a context; a tensor that backward keeps
@@ -33,10 +36,28 @@ def gathered_head(model: PreTrainedModel, hidden: Tensor) -> Iterator[LMHead]:
         yield dataclasses.replace(found, weight=whole(found.weight), bias=bias)
 
 
+@contextlib.contextmanager
+def loading_whole(deepspeed_config: Any) -> Iterator[None]:
+    """Let `from_pretrained` give each process the whole model, which a Q-Adapter looks at when it is put on it; under
+    ZeRO-3 it would give it a part. DeepSpeed partitions the model when training begins.
+
+    Args:
+        deepspeed_config: `TrainingArguments.hf_deepspeed_config`, None where there is none.
+    """
+    if deepspeed_config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(deepspeed_config)
+
+
 def _gathered_by_deepspeed(parameters: Iterator[Tensor]) -> contextlib.AbstractContextManager[None]:
     if not is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    context: contextlib.AbstractContextManager[None] = GatheredParameters(list(parameters))
+    context: contextlib.AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(parameters))
     return context
