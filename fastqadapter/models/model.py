@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from peft import (
@@ -23,6 +24,7 @@ from transformers.utils import ModelOutput
 from fastqadapter.config import KVMode, QAdapterConfig, write_sidecar
 from fastqadapter.loss import q_adapter_loss
 from fastqadapter.models import base
+from fastqadapter.models.card import write_card
 from fastqadapter.models.dials import Dials, Weight, checked_weight
 from fastqadapter.models.loading import (
     HUB_ARGUMENTS,
@@ -283,6 +285,13 @@ class QAdapterModel(PeftModelForCausalLM):
             return
         for name in kwargs.get("selected_adapters") or self.peft_config:
             write_sidecar(adapter_folder(save_directory, name), self.qadapter_configs[name], self.base_identity)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """What `save_pretrained` writes as README.md: how to use the active adapter, and how it was trained."""
+        name = self.active_adapter
+        place = adapter_folder(".", name).as_posix()
+        base_name = str(self.get_base_model().config.name_or_path)
+        write_card(Path(output_dir), place, base_name, self.qadapter_configs[name], self.peft_config[name])
 
     @classmethod
     def from_pretrained(

@@ -1,0 +1,48 @@
+"""The model card beside a saved adapter."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import fastqadapter as fqa
+from tiny import lora_config, tiny_base
+from words import save_base, word_tokenizer
+
+
+def saved(folder: Path, adapter: str = "default") -> Path:
+    save_base(folder / "base")
+    base = type(tiny_base("llama")).from_pretrained(folder / "base")
+    word_tokenizer().save_pretrained(folder / "base")
+    config = fqa.QAdapterConfig(kv_mode="shared", alpha_0=0.75)
+    fqa.get_qadapter_model(base, config, lora_config("llama", "shared"), adapter).save_pretrained(folder / "out")
+    return folder / "out"
+
+
+@pytest.mark.parametrize("adapter", ["default", "polite"])
+def test_its_snippet_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter: str
+) -> None:
+    folder = saved(tmp_path, adapter)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == str(tmp_path / "base")
+    assert card.data.library_name == "fastqadapter"
+    assert "| alpha_0 | 0.75 |" in card.text and "| LoRA rank | 4 |" in card.text
+    [snippet] = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.split()) > 40
+
+
+def test_what_a_user_wrote_is_kept(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    card = ModelCard.load(folder / "README.md")
+    card.text = "# Mine"
+    card.data.license = "mit"
+    card.save(folder / "README.md")
+    again = ModelCard.load(saved(tmp_path) / "README.md")
+    assert again.text.strip() == "# Mine"
+    assert again.data.license == "mit" and again.data.base_model == str(tmp_path / "base")
