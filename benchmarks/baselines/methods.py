@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from peft import LoraConfig, TaskType
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -30,7 +31,7 @@ Row = Mapping[str, Any]
 # Of shared mode, which may not adapt k and v: the same layers for all.
 TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PAIRS_PER_STEP = 8
-MICRO_BATCH = 2  # of TRL's padded batches; ours are packed and take all 8
+MICRO_BATCH = 8 if torch.cuda.is_available() else 2  # of TRL's padded batches; ours are packed and take all 8
 RUN, TRAINED, ADAPTER = "run.json", "trained.json", "adapter"
 
 
@@ -57,7 +58,7 @@ class Run:
             raise ValueError(f"method={self.method!r} is not one of {', '.join(get_args(Method))}")
 
 
-def train(run: Run, folder: Path) -> dict[str, float]:
+def train(run: Run, folder: Path) -> dict[str, Any]:
     """Train and save the adapter; returns seconds of training and peak memory of the process."""
     set_seed(run.seed)
     tokenizer = AutoTokenizer.from_pretrained(run.model)
@@ -73,8 +74,15 @@ def train(run: Run, folder: Path) -> dict[str, float]:
         write_sidecar(
             folder / ADAPTER, plain, fingerprint(AutoModelForCausalLM.from_pretrained(run.model, dtype="auto"))
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return {"seconds": seconds, "peak_mib": peak, "steps": trainer.state.global_step, "pairs": len(rows)}
+    found = {"seconds": seconds, "peak_mib": peak_mib(), "steps": trainer.state.global_step, "pairs": len(rows)}
+    return {**found, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def peak_mib() -> float:
+    """Of the process, or of the GPU's allocator."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def short_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, run: Run) -> list[Row]:

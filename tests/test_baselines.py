@@ -1,0 +1,111 @@
+"""benchmarks/baselines: every method trains and is saved as an adapter that `fastqadapter eval` measures; the script
+goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import fastqadapter as fqa
+from tiny import lora_parameters
+from words import save_workplace
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "baselines"))
+methods = pytest.importorskip("methods", reason="benchmarks/baselines is not here")
+quality = pytest.importorskip("quality", reason="benchmarks/baselines is not here")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_workplace(tmp_path_factory.mktemp("workplace"), rows=8)
+
+
+def run_of(workplace: Path, method: str, **settings: Any) -> Any:
+    return methods.Run(method, str(workplace / "base"), str(workplace / "pairs.jsonl"), **settings)
+
+
+@pytest.mark.parametrize("method", methods.TRAINERS)
+def test_every_method_trains(workplace: Path, tmp_path: Path, method: str) -> None:
+    if method in ("dpo", "sft"):
+        pytest.importorskip("trl", reason="TRL is not installed")
+    found = methods.train(run_of(workplace, method), tmp_path)
+    assert found["pairs"] == 8 and found["steps"] == 2 and found["seconds"] > 0 and found["device"] == "cpu"
+    base = AutoModelForCausalLM.from_pretrained(workplace / "base")
+    model = fqa.QAdapterModel.from_pretrained(base, tmp_path / methods.ADAPTER)
+    moved = [weight for name, weight in lora_parameters(model).items() if "lora_B" in name]
+    assert any(weight.abs().max() > 0 for weight in moved)
+    assert {name.split(".")[-4] for name in lora_parameters(model)} == set(methods.TARGETS)
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_policy_of_a_baseline_is_the_plain_adapter(workplace: Path, tmp_path: Path, method: str) -> None:
+    """Saved with alpha_0 = 0 and the head `logits`, a plain LoRA adapter's policy is its own softmax."""
+    pytest.importorskip("trl", reason="TRL is not installed")
+    methods.train(run_of(workplace, method, learning_rate=0.5), tmp_path)
+    ids = torch.tensor([[7, 11, 20, 9]])
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(workplace / "base"), tmp_path / "adapter")
+    ours = fqa.QAdapterModel.from_pretrained(str(workplace / "base"), tmp_path / "adapter")
+    with torch.no_grad():
+        expected, found = (model.eval()(input_ids=ids).logits.log_softmax(dim=-1) for model in (plain, ours))
+    torch.testing.assert_close(found, expected)
+
+
+def test_ours_have_as_many_parameters_in_every_mode(workplace: Path) -> None:
+    runs = quality.plan(str(workplace / "base"), "pairs.jsonl")
+    assert {run.kv_mode for run in runs.values() if run.method == "q-adapter"} == {"shared", "prompt", "separate"}
+    assert len({(run.rank, run.pairs, run.epochs, run.longest) for run in runs.values()}) == 1
+    assert len({dataclasses.replace(run, seed=0) for run in runs.values()}) == len(runs) - 2 * len(quality.OURS)
+
+
+def test_what_is_done_is_not_done_again(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def process(log: Path, *command: str) -> None:
+        started.append(log.name)
+        if log.name == "train.log":
+            (log.parent / methods.TRAINED).write_text("{}")
+        elif started.count("eval.log") == 2:
+            (log.parent / "eval" / "eval.json").write_text('{"adapters": {}}')
+        else:  # stopped half-way
+            (log.parent / "eval").mkdir()
+            (log.parent / "eval" / "eval.json").write_text('{"stages": {}}')
+
+    monkeypatch.setattr(quality, "_process", process)
+    run = run_of(workplace, "sft")
+    for _ in range(3):
+        quality.outcome(tmp_path / "run", run, "heldout.jsonl")
+    assert started == ["train.log", "eval.log", "eval.log"]  # which goes on itself, from stage to stage
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        quality.outcome(tmp_path / "run", dataclasses.replace(run, seed=1), "heldout.jsonl")
+
+
+def test_a_process_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"train.log: exit code 3: .*\nno luck"):
+        quality._process(tmp_path / "train.log", "-c", "import sys; print('line\\nno luck', flush=True); sys.exit(3)")
+
+
+def test_table(workplace: Path) -> None:
+    def outcome(accuracy: float, **trained: Any) -> dict[str, Any]:
+        interval = {"value": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "count": 200}
+        row = {"accuracy": interval, "kl": 0.02, "perplexity": 39.0, "kept": 0.95}
+        evaluation = {"rows": [row]}
+        return {"seconds": 60.0, "peak_mib": 2048.0, "device": "cpu", **trained, "evaluation": evaluation, "base": {}}
+
+    ours = run_of(workplace, "q-adapter")
+    found = [
+        (ours, outcome(0.6)),
+        (dataclasses.replace(ours, seed=1), outcome(0.7)),
+        (run_of(workplace, "sft"), outcome(0.5)),
+    ]
+    text = quality.table("pairs", found)
+    first, second = text.splitlines()[-2:]
+    assert "| 2 | 0.600 [0.500, 0.700] | 0.600, 0.700 | 0.0200 |" in first and "shared" in first
+    assert "SFT" in second and json.dumps("0.500 [0.400, 0.600]")[1:-1] in second
