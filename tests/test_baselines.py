@@ -4,7 +4,6 @@ goes on where it was stopped."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from words import save_workplace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "baselines"))
 methods = pytest.importorskip("methods", reason="benchmarks/baselines is not here")
+tables = pytest.importorskip("tables", reason="benchmarks/baselines is not here")
 quality = pytest.importorskip("quality", reason="benchmarks/baselines is not here")
 
 
@@ -92,20 +92,33 @@ def test_a_process_that_fails(tmp_path: Path) -> None:
         quality._process(tmp_path / "train.log", "-c", "import sys; print('line\\nno luck', flush=True); sys.exit(3)")
 
 
-def test_table(workplace: Path) -> None:
-    def outcome(accuracy: float, **trained: Any) -> dict[str, Any]:
+def outcome(accuracy: float, kl: float, *, rows: int = 1, device: str = "cpu") -> dict[str, Any]:
+    def row(index: int) -> dict[str, Any]:
         interval = {"value": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "count": 200}
-        row = {"accuracy": interval, "kl": 0.02, "perplexity": 39.0, "kept": 0.95}
-        evaluation = {"rows": [row]}
-        return {"seconds": 60.0, "peak_mib": 2048.0, "device": "cpu", **trained, "evaluation": evaluation, "base": {}}
+        point = {"weight": 1 / (index + 1), "alpha_0": 1.0, "alpha_tilde": 1.0}
+        rest = {"perplexity": 39.0, "kept": 0.95, "kl": kl / (index + 1) ** 2}
+        return {"point": point, "accuracy": interval, "margin": interval, **rest}
 
-    ours = run_of(workplace, "q-adapter")
+    evaluation = {"rows": [row(index) for index in range(rows)]}
+    return {"seconds": 60.0, "peak_mib": 2048.0, "device": device, "evaluation": evaluation, "base": {}}
+
+
+def test_tables(workplace: Path) -> None:
+    ours, dpo = run_of(workplace, "q-adapter"), run_of(workplace, "dpo", beta=0.1, learning_rate=2e-4)
     found = [
-        (ours, outcome(0.6)),
-        (dataclasses.replace(ours, seed=1), outcome(0.7)),
-        (run_of(workplace, "sft"), outcome(0.5)),
+        (dpo, outcome(0.65, 0.02, device="a GPU")),
+        (ours, outcome(0.66, 0.03, rows=3)),
+        (dataclasses.replace(ours, seed=1), outcome(0.7, 0.05)),
+        (dataclasses.replace(ours, rank=32), outcome(0.61, 0.04)),
     ]
-    text = quality.table("pairs", found)
-    first, second = text.splitlines()[-2:]
-    assert "| 2 | 0.600 [0.500, 0.700] | 0.600, 0.700 | 0.0200 |" in first and "shared" in first
-    assert "SFT" in second and json.dumps("0.500 [0.400, 0.600]")[1:-1] in second
+    text = tables.section("pairs", found)
+    lines = text.splitlines()
+    assert any(line.startswith("| DPO (lr 0.0002, beta 0.1) | own |") and line.endswith("| a GPU |") for line in lines)
+    [mean] = [line for line in lines if "| shared | difference | 2 |" in line]
+    assert "| 0.680 [0.580, 0.780] | 0.660, 0.700 |" in mean and "| 0.0400 |" in mean
+    assert sum(line.startswith(("| 1 | 1 | 1 |", "| 0.5 | 1 | 1 |", "| 0.333333 | 1 | 1 |")) for line in lines) == 3
+    assert "The best DPO run has accuracy 0.650 at KL 0.0200." in text
+    assert "Ours at weight 0.5, alpha_0 1, alpha_tilde 1 has 0.660 at 0.0075." in text
+    assert "| rank 32 | 1 | 0.610" in text
+    found[0] = (dpo, outcome(0.8, 0.02))
+    assert "No setting of ours reaches that at half the KL." in tables.section("pairs", found)

@@ -2,7 +2,8 @@
 
     python benchmarks/baselines/quality.py --data hh=TRAIN.jsonl,HELDOUT.jsonl --output_dir quality
 
-Each run is kept in a folder of its own when it is done: stop the script when you like, and start it again to go on.
+Each run is kept in a folder of its own when it is done: stop the script when you like, and start it again to go on;
+`--results benchmarks/QUALITY.md` then writes what is there.
 `--data demo` is the demo's own preference. Needs the extra `bench`.
 """
 
@@ -11,15 +12,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 from methods import ADAPTER, RUN, TRAINED, Run
+from tables import HEAD, Outcome, section
 from tqdm import tqdm
 
 from fastqadapter.demo.preference import preference_pairs
@@ -29,7 +30,6 @@ from fastqadapter.evaluation.run import RESULTS
 SEEDS = (0, 1, 2)
 OURS = ("shared", "prompt", "separate")
 SWEPT = "q-adapter-shared-0"
-Outcome = dict[str, Any]
 
 # What is changed, one at a time, from the run that the first of ours is.
 SEARCH: dict[str, tuple[Any, ...]] = {
@@ -77,16 +77,16 @@ def main() -> None:
     parser.add_argument("--data", action="append", required=True, metavar="NAME=TRAIN,HELDOUT", help='or "demo"')
     parser.add_argument("--model", help="folder or hub id; default: the demo's SmolLM2-135M")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--plan", choices=PLANS, default="compare", help="what is run (%(default)s)")
+    parser.add_argument("--plan", nargs="+", choices=PLANS, default=[*PLANS], help="default: all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; more than 1 falsifies their seconds")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose name begins so")
     parser.add_argument("--results", type=Path, help="write the tables as Markdown to this file")
     arguments = parser.parse_args()
     model = arguments.model or str(demo_model_folder())
-    tables, failures = [], []
+    sections, failures = [], []
     for entry in arguments.data:
         name, train_pairs, heldout = _files(entry, arguments.output_dir)
-        runs = PLANS[arguments.plan](model, train_pairs)
+        runs = {label: run for each in arguments.plan for label, run in PLANS[each](model, train_pairs).items()}
         chosen = {label: run for label, run in runs.items() if label.startswith(tuple(arguments.only))}
         with ThreadPool(arguments.jobs) as pool:
             jobs = [(arguments.output_dir / name / label, run, heldout) for label, run in chosen.items()]
@@ -94,11 +94,10 @@ def main() -> None:
                 if failure:
                     tqdm.write(failure)
                     failures.append(failure)
-        tables.append(table(name, list(finished(arguments.output_dir / name, chosen))))
-    text = "\n\n".join(tables) + "\n"
-    print(text)
+        sections.append(section(name, list(finished(arguments.output_dir / name, chosen))))
+    print("\n\n".join(sections))
     if arguments.results:
-        arguments.results.write_text(text, encoding="utf-8")
+        arguments.results.write_text("\n\n".join([HEAD, *sections]) + "\n", encoding="utf-8")
     if failures:
         raise SystemExit(f"{len(failures)} runs failed")
 
@@ -167,48 +166,6 @@ def finished(folder: Path, runs: Mapping[str, Run]) -> Iterator[tuple[Run, Outco
         trained, results = _read(folder / label / TRAINED), _read(folder / label / "eval" / RESULTS)
         if "adapters" in results:
             yield run, {**trained, "evaluation": results["adapters"]["run"], "base": results["base"]}
-
-
-HEADER = (
-    *("method", "KV mode", "Q head", "seeds", "accuracy", "accuracy by seed", "KL, nats", "perplexity", "kept"),
-    *("seconds", "MiB"),
-)
-
-
-def table(name: str, outcomes: Sequence[tuple[Run, Outcome]]) -> str:
-    """A row for each setting; those of several seeds are means, the interval is over the pairs of the first."""
-    groups: dict[Run, list[Outcome]] = {}
-    for run, found in outcomes:
-        groups.setdefault(dataclasses.replace(run, seed=0), []).append(found)
-    lines = [f"## {name}", "", "| " + " | ".join(HEADER) + " |", "| " + " | ".join("---" for _ in HEADER) + " |"]
-    lines += ["| " + " | ".join(_row(run, own)) + " |" for run, own in groups.items()]
-    return "\n".join(lines)
-
-
-def _row(run: Run, own: Sequence[Outcome]) -> list[str]:
-    rows = [each["evaluation"]["rows"][0] for each in own]
-    accuracy = rows[0]["accuracy"]
-    by_seed = ", ".join(f"{row['accuracy']['value']:.3f}" for row in rows)
-
-    def mean(values: Sequence[float], digits: int) -> str:
-        return f"{statistics.mean(values):.{digits}f}"
-
-    ours = run.method in ("q-adapter", "published")
-    label = {"q-adapter": "Q-Adapter", "published": "Q-Adapter, published objective", "dpo": "DPO", "sft": "SFT"}
-    beta = "" if run.beta is None else f", beta {run.beta:g}"
-    return [
-        f"{label[run.method]} (lr {run.learning_rate:g}{beta})",
-        {"published": "separate", "q-adapter": run.kv_mode}.get(run.method, "own"),
-        {"published": "logits", "q-adapter": run.q_head}.get(run.method, "") if ours else "",
-        str(len(own)),
-        f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]",
-        by_seed,
-        mean([row["kl"] for row in rows], 4),
-        mean([row["perplexity"] for row in rows], 2),
-        f"{100 * statistics.mean(row['kept'] for row in rows):.1f}%",
-        mean([each["seconds"] for each in own], 0),
-        mean([each["peak_mib"] for each in own], 0),
-    ]
 
 
 if __name__ == "__main__":
