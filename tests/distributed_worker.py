@@ -111,18 +111,23 @@ def make_trainer(task: Task, folder: Path, is_last: bool) -> fqa.QAdapterTrainer
 
 
 def train(trainer: fqa.QAdapterTrainer, resume: bool) -> Any:
-    """Weights of the adapter after it, how far they moved, and the logged losses."""
+    """Weights of the adapter after it, how far they moved, the logged losses, and an evaluation."""
     before = weights(trainer)
     trainer.train(resume_from_checkpoint=resume or None)
     after = weights(trainer)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"weights": after.tolist(), "moved": (after - before).tolist(), "losses": losses}
+    found = {"weights": after.tolist(), "moved": (after - before).tolist(), "losses": losses}
+    return {**found, "evaluation": metrics(trainer)}
 
 
 def evaluate(trainer: fqa.QAdapterTrainer) -> Any:
     torch.manual_seed(3)
     for parameter in lora_parameters(trainer.model).values():
         parameter.data.normal_(std=0.2)
+    return metrics(trainer)
+
+
+def metrics(trainer: fqa.QAdapterTrainer) -> dict[str, float]:
     return {name: value for name, value in trainer.evaluate().items() if "rewards" in name or "loss" in name}
 
 

@@ -37,7 +37,7 @@ def test_every_method_trains(workplace: Path, tmp_path: Path, method: str) -> No
     if method in ("dpo", "sft"):
         pytest.importorskip("trl", reason="TRL is not installed")
     found = methods.train(run_of(workplace, method), tmp_path)
-    assert found["pairs"] == 8 and found["steps"] == 2 and found["seconds"] > 0 and found["device"] == "cpu"
+    assert found["pairs"] == 8 and found["steps"] == 2 and found["seconds"] > 0 and "CPU" in found["device"]
     base = AutoModelForCausalLM.from_pretrained(workplace / "base")
     model = fqa.QAdapterModel.from_pretrained(base, tmp_path / methods.ADAPTER)
     moved = [weight for name, weight in lora_parameters(model).items() if "lora_B" in name]

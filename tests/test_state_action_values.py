@@ -133,7 +133,7 @@ def test_kernel_gives_nan_for_a_state_that_no_check_may_look_at():
     case = problem(dtype=torch.float32)
     tensors = move("triton", case.hidden_q.requires_grad_(), case.hidden_b, case.weight)
     indices = move("triton", torch.tensor([-1, 0, 5, 4]), torch.tensor([1, 2, 3, 4]))
-    value, _, products = IMPLEMENTATIONS["triton"].run(*tensors, params_of(case), *indices)
+    value, _, products = IMPLEMENTATIONS["triton"].run(*tensors, params_of(case), *indices, None)
     assert products.isnan().tolist() == [True, False, True, False] and value.isfinite().all()
     (gradient,) = torch.autograd.grad(products.nan_to_num().sum(), case.hidden_q)
     assert gradient.isfinite().all()

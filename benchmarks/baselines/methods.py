@@ -75,7 +75,9 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
             folder / ADAPTER, plain, fingerprint(AutoModelForCausalLM.from_pretrained(run.model, dtype="auto"))
         )
     found = {"seconds": seconds, "peak_mib": peak_mib(), "steps": trainer.state.global_step, "pairs": len(rows)}
-    return {**found, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return {**found, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}
 
 
 def peak_mib() -> float:

@@ -21,8 +21,9 @@ by `QAdapterTrainer`, SFT on the chosen response and DPO by TRL's trainers, from
 `fastqadapter eval` measures all of them in one way (docs/evaluation.md): *accuracy* is the share of held-out pairs
 whose chosen response has the higher implicit reward, log pi~ - log pi summed over the response, with a 95 % bootstrap
 interval over the pairs; *KL* is KL(base || customised) per token of neutral text; *kept* the share of the tasks that
-the base does right. Seconds and MiB are of training: on the CPU two threads and the process's peak, on a GPU several
-runs at once and the allocator's peak, so that seconds there say little. A row of several seeds has their means."""
+the base does right. Seconds and MiB are of training. Two CPU threads had the machine to themselves; one thread shared
+it with other work, and on the GPU a dozen runs ran at once, so that those seconds say little. A row of several seeds
+has their means."""
 
 COLUMNS = (
     *("method", "KV mode", "Q head", "seeds", "accuracy", "by seed", "margin", "KL, nats", "perplexity", "kept"),
@@ -105,7 +106,7 @@ def _measured(own: Sequence[Outcome]) -> list[str]:
 
 def _cost(own: Sequence[Outcome]) -> list[str]:
     seconds, peak = (statistics.mean(each[name] for each in own) for name in ("seconds", "peak_mib"))
-    return [f"{seconds:.0f}", f"{peak:.0f}", ", ".join(dict.fromkeys(each.get("device", "cpu") for each in own))]
+    return [f"{seconds:.0f}", f"{peak:.0f}", ", ".join(dict.fromkeys(each["device"] for each in own))]
 
 
 DIALS = ("weight", "alpha_0", "alpha_tilde")

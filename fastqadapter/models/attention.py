@@ -20,7 +20,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from fastqadapter.config import KVMode
 from fastqadapter.models.cpu_attention import CpuAttentionFunction, rows_of
-from fastqadapter.models.padded_attention import MOST_SCORES, PaddedSegments, padded_attention, scores_of
+from fastqadapter.models.padded_attention import (
+    MOST_SCORES,
+    PaddedSegments,
+    attention_mask,
+    padded_attention,
+    scores_of,
+)
 from fastqadapter.models.scores import ScoreRule, bottom_right_mask, explicit_attention
 from fastqadapter.packing import PackedPairs
 
@@ -70,7 +76,7 @@ class PackedAttention:
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
         self._additive: dict[tuple[int, int, int | None], Tensor] = {}
         self._padded: PaddedSegments | None = None
-        self._padded_masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self._padded_masks: dict[tuple[int | None, bool], Tensor] = {}
 
     def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(1, Hkv, T_kv, Dh) keys and values on the K/V axis of this pass."""
@@ -101,13 +107,11 @@ class PackedAttention:
             self._padded = PaddedSegments.build(rows, query.shape[2], keys.shape[2], query.device)
         return self._padded
 
-    def padded_mask(self, padded: PaddedSegments, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Its mask: bool, or additive in a floating `dtype`."""
-        key = (window, dtype)
+    def padded_mask(self, padded: PaddedSegments, query: Tensor, keys: Tensor, rule: ScoreRule) -> Tensor:
+        """Their mask; built once a pass for each kind of layer."""
+        key = (rule.window, rule.is_plain)
         if key not in self._padded_masks:
-            seen = padded.mask(window)
-            additive = torch.zeros(seen.shape, dtype=dtype, device=seen.device) if dtype.is_floating_point else None
-            self._padded_masks[key] = seen if additive is None else additive.masked_fill_(~seen, -torch.inf)
+            self._padded_masks[key] = attention_mask(padded, query, keys, rule)
         return self._padded_masks[key]
 
     def additive_mask(self, segment: Segment, window: int | None) -> Tensor | None:
@@ -188,7 +192,7 @@ def packed_attention(
 
     if _fits_padding(query, packed):
         padded = packed.padded(query, keys)
-        mask = packed.padded_mask(padded, rule.window, query.dtype if rule.is_plain else torch.bool)
+        mask = packed.padded_mask(padded, query, keys, rule)
         return padded_attention(query, keys, values, padded, mask, rule).transpose(1, 2), None
 
     def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -70,6 +70,16 @@ class PaddedSegments:
         return (seen if window is None else seen & (distance < window))[:, None]
 
 
+def attention_mask(padded: PaddedSegments, query: Tensor, keys: Tensor, rule: ScoreRule) -> Tensor:
+    """The mask that `padded_attention` takes: (N, 1, L_q, L_k) bool; where the rule is plain, 0 and -inf in the dtype
+    of `query`, for the longer sequences of `_grouped_sdpa`."""
+    seen = padded.mask(rule.window)
+    if not rule.is_plain:
+        return seen
+    additive = torch.zeros(seen.shape, dtype=query.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    return additive.repeat(1, 1, query.shape[1] // keys.shape[1], 1)
+
+
 def scores_of(segments: Sequence[tuple[int, int]]) -> int:
     """Scores of a head, padding included, from the numbers of query and of key rows of each segment."""
     return len(segments) * max(queries for queries, _ in segments) * max(keys for _, keys in segments)
@@ -80,7 +90,7 @@ def padded_attention(
     keys: Tensor,  # (1, Hkv, T_k, Dh)
     values: Tensor,  # (1, Hkv, T_k, Dv)
     padded: PaddedSegments,
-    mask: Tensor,  # (N, 1, L_q, L_k) bool, or additive in the dtype of `query` where the rule is plain
+    mask: Tensor,  # as `attention_mask` gives it
     rule: ScoreRule,
 ) -> Tensor:  # (1, Hq, T_q, Dv)
     """Attention of all segments."""
@@ -109,7 +119,7 @@ def _grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float)
     group = heads // kv_heads
     longer = q.unflatten(1, (kv_heads, group)).flatten(2, 3)
     with sdpa_kernel(BACKENDS):
-        output = F.scaled_dot_product_attention(longer, k, v, attn_mask=mask.repeat(1, 1, group, 1), scale=scaling)
+        output = F.scaled_dot_product_attention(longer, k, v, attn_mask=mask, scale=scaling)
     return output.unflatten(2, (group, -1)).flatten(1, 2)
 
 

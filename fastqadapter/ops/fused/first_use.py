@@ -108,7 +108,8 @@ def _try_soft_value(device: torch.device, dtype: torch.dtype) -> None:
 
 def _try_state_action_values(device: torch.device, dtype: torch.dtype) -> None:
     *states, heads = _states_and_head(device, dtype)
-    _compare(STATE_ACTION_VALUES, *states, heads[0], *_transitions(device))
+    for base_lse in (None, torch.full((ROWS,), 8.0, device=device)):
+        _compare(STATE_ACTION_VALUES, *states, heads[0], *_transitions(device), base_lse)
 
 
 def _try_taken_value(device: torch.device, dtype: torch.dtype) -> None:
