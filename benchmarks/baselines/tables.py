@@ -131,7 +131,8 @@ def _point(row: Row) -> list[str]:
 
 def against_dpo(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
     """Whether ours reaches the accuracy of the best DPO run at half its KL, at some setting of the dials."""
-    best = max((rows_of(found)[0] for run, found in outcomes if run.method == "dpo"), key=_accuracy)
+    baselines = (rows_of(found)[0] for run, found in outcomes if run.method == "dpo")
+    best = max(baselines, key=lambda row: (_accuracy(row), -row["kl"]))
     enough = [
         row for row in _points_of_ours(outcomes) if _accuracy(row) >= _accuracy(best) and 2 * row["kl"] <= best["kl"]
     ]
