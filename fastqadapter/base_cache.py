@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ FORMAT = 1
 PAIRS_PER_SHARD = 256
 TOKENS_AT_ONCE = 4096
 FINGERPRINT = "fingerprint"
+OF_NO_MATTER = ("_name_or_path", "transformers_version", "use_cache")  # in a model's config
 
 
 class CachedRows(Dataset[dict[str, Any]]):
@@ -56,6 +58,11 @@ class CachedRows(Dataset[dict[str, Any]]):
         hidden, lse = (self._open[shard].get_slice(name)[states] for name in ("hidden", "lse"))
         return {**self.rows[index], "base": BaseStates(hidden, lse)}
 
+    def missing(self) -> list[str]:
+        """Names of the shards that are not there."""
+        paths = (shard_path(self.folder, shard) for shard in range(-(-len(self) // PAIRS_PER_SHARD)))
+        return [path.name for path in paths if not path.exists()]
+
     def states_in(self, shard: int) -> int:
         first, last = (min(pair, len(self)) for pair in (shard * PAIRS_PER_SHARD, (shard + 1) * PAIRS_PER_SHARD))
         return self.ends[last] - self.ends[first]
@@ -70,6 +77,7 @@ def cached_rows(
     folder: Path,
     *,
     pad_action: int | None = None,
+    precision: str = "no",
     process: int = 0,
     processes: int = 1,
 ) -> CachedRows:
@@ -80,6 +88,7 @@ def cached_rows(
         rows: of the training, in their order.
         folder: of the shards; shared by all processes.
         pad_action: as the collator's.
+        precision: the autocast that this is called under, and training will be, as accelerate names it.
         process, processes: rank and number.
 
     Raises:
@@ -92,13 +101,14 @@ def cached_rows(
             "base pass too; leave it out, or train with kv_mode='separate'"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = fingerprint_of(model, rows, pad_action)
+    fingerprint = fingerprint_of(model, rows, pad_action, precision)
     shards = range(-(-len(rows) // PAIRS_PER_SHARD))
     missing = [shard for shard in shards if not is_whole(shard_path(folder, shard), fingerprint)]
     cached = CachedRows(rows, folder, pad_action)
     head = lm_head_of(model.get_base_model()).weight
     _check_room(folder, sum(cached.states_in(shard) for shard in missing), head)
-    mine = missing[process::processes]
+    # By number, not by place in a list that each process finds at its own time.
+    mine = [shard for shard in missing if shard % processes == process]
     with tqdm(total=len(mine) * PAIRS_PER_SHARD, desc="Base states", unit=" pairs", disable=None) as bar:
         for shard in mine:
             states = [base_states(model, batch) for batch in _batches(_rows_of(rows, shard), pad_action)]
@@ -117,10 +127,14 @@ def states_of(row: dict[str, Any], pad_action: int | None) -> int:
     return 1 + sum(len(row[name]) - 1 + extra for name in ("chosen_ids", "rejected_ids"))
 
 
-def fingerprint_of(model: QAdapterModel, rows: TokenizedRows, pad_action: int | None) -> str:
-    """Of base model, dtype, and all token ids in their order."""
-    digest = hashlib.sha256(json.dumps([FORMAT, PAIRS_PER_SHARD, model.base_identity, pad_action]).encode())
-    digest.update(str(lm_head_of(model.get_base_model()).weight.dtype).encode())
+def fingerprint_of(model: QAdapterModel, rows: TokenizedRows, pad_action: int | None, precision: str) -> str:
+    """Of the base's weights and config wherever it lies, of dtypes, and of all token ids in their order."""
+    base = model.get_base_model()
+    identity = {name: value for name, value in model.base_identity.items() if name != "name_or_path"}
+    config = {name: value for name, value in base.config.to_dict().items() if name not in OF_NO_MATTER}
+    dtype = str(lm_head_of(base).weight.dtype)
+    facts = [FORMAT, PAIRS_PER_SHARD, identity, config, dtype, precision, pad_action]
+    digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
     for row in rows:
         digest.update(json.dumps([row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]).encode())
     return digest.hexdigest()
@@ -185,17 +199,16 @@ def _batches(rows: Sequence[dict[str, Any]], pad_action: int | None) -> Iterator
 
 
 def _check_room(folder: Path, states: int, head: Tensor) -> None:
-    needed = states * (head.shape[1] * head.element_size() + 4) >> 20
-    free = shutil.disk_usage(folder).free >> 20
+    needed, free = states * (head.shape[1] * head.element_size() + 4), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"cache_base={str(folder)!r}: the base states take {needed} MiB and {free} MiB are free: make room, or "
-            "leave the option out"
+            f"cache_base={str(folder)!r}: the base states take {needed >> 20} MiB and {free >> 20} MiB are free: make "
+            "room, or leave the option out"
         )
 
 
 def _write(path: Path, states: BaseStates, fingerprint: str) -> None:
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.part")  # two runs may write one shard at once
     try:
         save_file({"hidden": states.hidden, "lse": states.lse}, part, {FINGERPRINT: fingerprint})
         os.replace(part, path)

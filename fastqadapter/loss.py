@@ -161,7 +161,7 @@ def q_adapter_loss(
         difference=difference and head.softcap is not None,
     )
     # In half precision a known lse would cost accuracy: see `ops.soft_value`.
-    exact = batch.base is not None and head.weight.dtype in (torch.float32, torch.float64)
+    is_exact = head.weight.dtype in (torch.float32, torch.float64)
     values, base_lse, q_products = ops.state_action_values(
         hidden_q,
         hidden_b,
@@ -169,7 +169,7 @@ def q_adapter_loss(
         params,
         transitions.states,
         actions,
-        base_lse=batch.base.lse if exact and batch.base is not None else None,
+        base_lse=batch.base.lse if batch.base is not None and is_exact else None,
         backend=backend,
     )
     with torch.no_grad():

@@ -151,7 +151,7 @@ class QAdapterTrainer(Trainer):
             name = model if isinstance(model, str) else model.config.name_or_path
             processing_class = AutoTokenizer.from_pretrained(name)
         set_seed(args.seed)  # Trainer does it too, but after the adapter has got its random weights
-        with loading_whole(getattr(args, "hf_deepspeed_config", None)):
+        with loading_whole():
             model = _as_qadapter_model(model, qadapter_config, peft_config, quantization_config)
         _check_vocabulary(model, processing_class)
         if args.disable_dropout:
@@ -186,6 +186,7 @@ class QAdapterTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        _keep_float32_outputs(self.accelerator)
         self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` is called before transformers 5.19
         self._train_means, self._eval_means = PairMeans(), PairMeans()
         self._finite_guard = FiniteGuard(self.accelerator.gather)
@@ -235,17 +236,36 @@ class QAdapterTrainer(Trainer):
     def _cache_base(self) -> None:
         """Let the training rows bring what the base says of them. Before any sharding of the model."""
         rows: Any = self.train_dataset
-        if self.args.cache_base is None or not isinstance(rows, TokenizedRows):
+        folder = self.args.cache_base
+        if folder is None or not isinstance(rows, TokenizedRows):
             return
-        self.train_dataset: Any = cached_rows(
-            self.model,
-            rows,
-            Path(self.args.cache_base),
-            pad_action=getattr(self.data_collator, "pad_action", None),
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-        )
-        self.accelerator.wait_for_everyone()
+        if self.model.device.type == "cpu" and self.args.device.type != "cpu":
+            raise ValueError(
+                f"cache_base={folder!r}: a base that is sharded waits on the CPU, which is slow; fill the folder by a "
+                "run of one step on GPUs that hold the base whole, or leave the option out"
+            )
+        failure: Exception | None = None
+        try:
+            with self.accelerator.autocast():
+                cached = cached_rows(
+                    self.model,
+                    rows,
+                    Path(folder),
+                    pad_action=getattr(self.data_collator, "pad_action", None),
+                    precision=self.accelerator.mixed_precision,
+                    process=self.accelerator.process_index,
+                    processes=self.accelerator.num_processes,
+                )
+        except (OSError, ValueError) as error:
+            failure = error
+        failed = self.accelerator.gather(torch.tensor([failure is not None], device=self.args.device)).any()
+        if failure is not None:
+            raise failure
+        if failed:
+            raise OSError(f"cache_base={folder!r}: another process could not do its part; its message says why")
+        if missing := cached.missing():
+            raise OSError(f"cache_base={folder!r}: {missing[0]} is not there: name a folder that all processes share")
+        self.train_dataset: Any = cached  # which Trainer takes as it takes any dataset
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         sidecar = adapter_folder(resume_from_checkpoint, self.model.active_adapter) / CONFIG_NAME
@@ -312,6 +332,13 @@ def _check_vocabulary(model: QAdapterModel, tokenizer: PreTrainedTokenizerBase) 
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}: give the model's tokenizer"
         )
+
+
+def _keep_float32_outputs(accelerator: Any) -> None:
+    """With FSDP2 and bf16 accelerate lets the model's outputs be rounded: to 0.69141 where the loss is 0.69315."""
+    policy: Any = getattr(getattr(accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+    if getattr(policy, "output_dtype", None) is not None:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=torch.float32)
 
 
 def _use_one_gpu(args: QAdapterTrainingArguments) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def rows(count: int = 5, seed: int = 0) -> Any:
 
 def written(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in sorted(folder.iterdir())}
+
+
+def test_under_autocast_an_untrained_adapter_is_the_base(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, bf16=True, cache_base=str(tmp_path / "base"), max_steps=1, logging_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["chi2_loss"] < 1e-10
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("preset", ["default", "reference"])
@@ -85,29 +93,31 @@ def test_goes_on_where_it_was_killed_and_computes_nothing_twice(tmp_path: Path, 
     base_cache.cached_rows(model, rows(), tmp_path)
     before = written(tmp_path)
     (tmp_path / "base-00001.safetensors").unlink()
-    (tmp_path / "base-00001.part").write_bytes(b"torn")
+    (tmp_path / "base-00001.there-7.part").write_bytes(b"torn")
     base_cache.cached_rows(model, rows(), tmp_path)
     after = written(tmp_path)
-    assert set(after) == set(before)
-    assert [name for name in after if after[name] != before[name]] == ["base-00001.safetensors"]
+    assert set(after) == {*before, "base-00001.there-7.part"}
+    assert [name for name in before if after[name] != before[name]] == ["base-00001.safetensors"]
 
 
-def test_processes_share_the_work(tmp_path: Path, model: fqa.QAdapterModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_cache, "is_whole", lambda *args: False)  # both look before either has written
-    base_cache.cached_rows(model, rows(), tmp_path, process=0, processes=2)
-    assert len(written(tmp_path)) == 2
-    base_cache.cached_rows(model, rows(), tmp_path, process=1, processes=2)
-    assert len(written(tmp_path)) == 3
+def test_processes_share_the_work(tmp_path: Path, model: fqa.QAdapterModel) -> None:
+    """Whatever the second finds of the first's work when it begins."""
+    first = base_cache.cached_rows(model, rows(), tmp_path, process=0, processes=2)
+    assert first.missing() == ["base-00001.safetensors"]
+    second = base_cache.cached_rows(model, rows(), tmp_path, process=1, processes=2)
+    assert second.missing() == []
 
 
 def test_other_data_model_or_mode_is_refused(tmp_path: Path, model: fqa.QAdapterModel) -> None:
     base_cache.cached_rows(model, rows(), tmp_path)
     with pytest.raises(ValueError, match="base-00000.safetensors is of another base model, other training data"):
         base_cache.cached_rows(model, rows(seed=1), tmp_path)
-    other = tiny_base("llama", seed=1)
     config = fqa.QAdapterConfig(kv_mode="separate")
+    for other in (tiny_base("llama", seed=1), tiny_base("llama", rms_norm_eps=1e-3)):
+        with pytest.raises(ValueError, match="another base model"):
+            base_cache.cached_rows(fqa.get_qadapter_model(other, config), rows(), tmp_path)
     with pytest.raises(ValueError, match="another base model"):
-        base_cache.cached_rows(fqa.get_qadapter_model(other, config), rows(), tmp_path)
+        base_cache.cached_rows(model, rows(), tmp_path, precision="bf16")
     shared = fqa.get_qadapter_model(tiny_base("llama"))
     with pytest.raises(ValueError, match="in kv_mode='shared' every step needs the K/V of the base pass"):
         base_cache.cached_rows(shared, rows(), tmp_path)
@@ -125,10 +135,15 @@ def test_a_file_that_is_none(tmp_path: Path, model: fqa.QAdapterModel) -> None:
 def test_no_room_is_known_before_the_work(
     tmp_path: Path, model: fqa.QAdapterModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": -(2 << 20)}))
-    with pytest.raises(OSError, match="the base states take 0 MiB and -2 MiB are free: make room, or leave the option"):
+    states = base_cache.CachedRows(rows(), tmp_path, None).ends[-1]
+    free = states * (32 * 4 + 4) - 1  # a byte too few for D = 32 numbers in fp32 and the lse
+    usage = type("Usage", (), {"free": free})
+    monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match="the base states take 0 MiB and 0 MiB are free: make room, or leave the option"):
         base_cache.cached_rows(model, rows(), tmp_path)
     assert not written(tmp_path)
+    usage.free += 1
+    base_cache.cached_rows(model, rows(), tmp_path)
 
 
 def test_disk_that_runs_full_leaves_no_torn_file(

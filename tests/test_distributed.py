@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -87,6 +88,7 @@ EVALUATION = Task("eval", batch_size=4)
 BY_TWO = {
     "ddp": dataclasses.replace(GRADIENT, batch_size=2, accumulate=2),
     "fsdp2": dataclasses.replace(GRADIENT, batch_size=2, accumulate=2, fsdp=True),
+    "fsdp2, bf16": dataclasses.replace(GRADIENT, batch_size=4, fsdp=True, settings={**ADAM, "bf16": True}),
     "evaluation": by_two(EVALUATION),
     **{mode: by_two(task, fsdp=True) for mode, task in TIED.items()},
 }
@@ -106,6 +108,10 @@ def test_gradient(tmp_path: Path, two: dict[str, Any], sharding: str) -> None:
     one = carry_out(GRADIENT, tmp_path)
     assert_same(two[sharding], one, "moved", "losses")
     assert two[sharding]["evaluation"] == pytest.approx(one["evaluation"], rel=1e-3, abs=1e-5)
+
+
+def test_losses_under_bf16_are_not_rounded(two: dict[str, Any]) -> None:
+    assert two["fsdp2, bf16"]["losses"] == pytest.approx([math.log(2)], rel=1e-6)
 
 
 @each_mode

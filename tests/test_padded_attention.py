@@ -78,6 +78,6 @@ def test_padding_is_spread_and_seen_by_nobody() -> None:
 
 
 def test_long_segments_go_one_by_one() -> None:
-    """Padding 15 short segments to the length of one of 8192 tokens would cost 16 times its attention."""
+    """Padding 15 short segments to the length of one of 8192 tokens would cost 16 times its attention, and memory."""
     short, long = (20, 20), (8192, 8192)
     assert scores_of([short] * 16) <= module.MOST_SCORES < scores_of([long] + [short] * 15)

@@ -141,7 +141,8 @@ def against_dpo(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
         return bar + "No setting of ours reaches that at half the KL."
     ours = max(enough, key=_accuracy)
     dials = ", ".join(f"{dial} {ours['point'][dial]:g}" for dial in DIALS)
-    return f"{bar}Ours at {dials} has {_accuracy(ours):.3f} at {ours['kl']:.4f}."
+    found = f"{bar}Ours at {dials} has {_accuracy(ours):.3f} at {ours['kl']:.4f}."
+    return f"{found} (Both are the best of several settings on these very pairs, and their intervals overlap.)"
 
 
 def _points_of_ours(outcomes: Sequence[tuple[Run, Outcome]]) -> Iterator[Row]:

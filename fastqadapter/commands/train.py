@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     script, model_arguments, config, lora, args = parser.parse(argv)
     _check_lora(lora, args)
     train_rows, eval_rows = _load_rows(script, args)
-    with loading_whole(getattr(args, "hf_deepspeed_config", None)):
+    with loading_whole():
         model, tokenizer = load_model_and_tokenizer(model_arguments, on_gpu=not _is_sharded(args))
     trainer = QAdapterTrainer(
         model=model,

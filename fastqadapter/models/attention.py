@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -31,6 +32,7 @@ from fastqadapter.models.scores import ScoreRule, bottom_right_mask, explicit_at
 from fastqadapter.packing import PackedPairs
 
 NAME = "fqa_packed"
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,13 +192,15 @@ def packed_attention(
         output = CpuAttentionFunction.apply(query, keys, values, segments, rule.scaling)
         return output.transpose(1, 2), None
 
-    if _fits_padding(query, packed):
+    if _fits_padding(query, keys, packed):
         padded = packed.padded(query, keys)
         mask = packed.padded_mask(padded, query, keys, rule)
         return padded_attention(query, keys, values, padded, mask, rule).transpose(1, 2), None
 
     def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        outputs = [_attend_segment(segment, query, keys, values, packed, rule) for segment in packed.segments]
+        # cuDNN would build a plan for every new shape.
+        with contextlib.nullcontext() if query.device.type == "cpu" else sdpa_kernel(WITHOUT_CUDNN):
+            outputs = [_attend_segment(segment, query, keys, values, packed, rule) for segment in packed.segments]
         return torch.cat(outputs, dim=2)
 
     if torch.is_grad_enabled() and query.requires_grad and not rule.is_plain:
@@ -207,9 +211,10 @@ def packed_attention(
     return output.transpose(1, 2), None
 
 
-def _fits_padding(query: Tensor, packed: PackedAttention) -> bool:
+def _fits_padding(query: Tensor, keys: Tensor, packed: PackedAttention) -> bool:
     """Whether all segments go into one call. On a CPU calls cost nothing."""
-    return query.device.type != "cpu" and scores_of([each.sizes for each in packed.segments]) <= MOST_SCORES
+    group = query.shape[1] // keys.shape[1]
+    return query.device.type != "cpu" and group * scores_of([each.sizes for each in packed.segments]) <= MOST_SCORES
 
 
 def _half_on_cpu(query: Tensor, values: Tensor) -> bool:

@@ -84,4 +84,5 @@ def _lora_settings(lora: LoraConfig) -> dict[str, Any]:
 
 
 def _table(settings: dict[str, Any]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    cells = {name: str(value).replace("|", r"\|") for name, value in settings.items()}  # a regular expression has some
+    return "\n".join(f"| {name} | {value} |" for name, value in cells.items())

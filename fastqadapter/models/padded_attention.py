@@ -1,7 +1,8 @@
 """Attention over packed segments in one call a layer: their rows are gathered into a batch, padded to one length.
 
 For GPUs, where a call for each segment costs a dozen launches: 4 pairs on SmolLM2-135M are 8 segments, in 30 layers and
-two streams, and a step of 788 tokens took 248 ms on an H200 (`separate`: 1362 ms). Only attention sees the padding.
+two streams. A step of 788 tokens took 248 ms on an H200 that way (`separate`: 1362 ms, and why so much more was not
+profiled). Only attention sees the padding.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastqadapter.models.scores import ScoreRule, explicit_attention
 
-# Scores of a head in all segments together. Beyond it the segments are so long that launches do not count, and what
-# padding wastes does.
+# Scores of the heads that share a K/V head, in all segments together: the mask has as many numbers. Beyond it, as for
+# 16 pairs of 1024 tokens, segments go one by one.
 MOST_SCORES = 2**24
 ALIGNED = 8  # keys: rows of the mask start at 16 bytes
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from fastqadapter.loss import LMHead
 from fastqadapter.models.base import lm_head_of
@@ -37,21 +37,15 @@ def gathered_head(model: PreTrainedModel, hidden: Tensor) -> Iterator[LMHead]:
 
 
 @contextlib.contextmanager
-def loading_whole(deepspeed_config: Any) -> Iterator[None]:
+def loading_whole() -> Iterator[None]:
     """Let `from_pretrained` give each process the whole model, which a Q-Adapter looks at when it is put on it; under
-    ZeRO-3 it would give it a part. DeepSpeed partitions the model when training begins.
-
-    Args:
-        deepspeed_config: `TrainingArguments.hf_deepspeed_config`, None where there is none.
-    """
-    if deepspeed_config is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
+    ZeRO-3 it would give it a part. DeepSpeed partitions the model when training begins."""
+    reference: Any = deepspeed_integration._hf_deepspeed_config_weak_ref  # of `--deepspeed` or of accelerate's launcher
+    deepspeed_integration.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        set_hf_deepspeed_config(deepspeed_config)
+        deepspeed_integration._hf_deepspeed_config_weak_ref = reference
 
 
 def _gathered_by_deepspeed(parameters: Iterator[Tensor]) -> contextlib.AbstractContextManager[None]:
