@@ -41,8 +41,8 @@ OF_NO_MATTER = ("_name_or_path", "transformers_version", "use_cache")  # in a mo
 class CachedRows(Dataset[dict[str, Any]]):
     """Tokenised rows, each with its `BaseStates` as `base`."""
 
-    def __init__(self, rows: TokenizedRows, folder: Path, pad_action: int | None) -> None:
-        self.rows, self.folder = rows, folder
+    def __init__(self, rows: TokenizedRows, folder: Path, pad_action: int | None, fingerprint: str) -> None:
+        self.rows, self.folder, self.fingerprint = rows, folder, fingerprint
         self.ends = [0, *itertools.accumulate(states_of(row, pad_action) for row in rows)]  # state rows before a pair
         self._open: dict[int, Any] = {}
 
@@ -53,10 +53,21 @@ class CachedRows(Dataset[dict[str, Any]]):
         shard = index // PAIRS_PER_SHARD
         before = self.ends[shard * PAIRS_PER_SHARD]
         if shard not in self._open:  # in each worker of the DataLoader anew
-            self._open[shard] = safe_open(shard_path(self.folder, shard), "pt")
+            self._open[shard] = self._checked(shard)
         states = slice(self.ends[index] - before, self.ends[index + 1] - before)
         hidden, lse = (self._open[shard].get_slice(name)[states] for name in ("hidden", "lse"))
         return {**self.rows[index], "base": BaseStates(hidden, lse)}
+
+    def _checked(self, shard: int) -> Any:
+        """The open file of a shard; another run may have written it since the folder was looked at."""
+        path = shard_path(self.folder, shard)
+        if not is_whole(path, self.fingerprint):
+            raise ValueError(f"cache_base: {path} is gone: start again to make it anew")
+        file = safe_open(path, "pt")
+        rows = {name: file.get_slice(name).get_shape()[0] for name in list(file.keys())}
+        if rows != dict.fromkeys(("hidden", "lse"), self.states_in(shard)):
+            raise ValueError(f"cache_base: {path} does not hold the states of its pairs: delete it")
+        return file
 
     def missing(self) -> list[str]:
         """Names of the shards that are not there."""
@@ -104,7 +115,7 @@ def cached_rows(
     fingerprint = fingerprint_of(model, rows, pad_action, precision)
     shards = range(-(-len(rows) // PAIRS_PER_SHARD))
     missing = [shard for shard in shards if not is_whole(shard_path(folder, shard), fingerprint)]
-    cached = CachedRows(rows, folder, pad_action)
+    cached = CachedRows(rows, folder, pad_action, fingerprint)
     head = lm_head_of(model.get_base_model()).weight
     _check_room(folder, sum(cached.states_in(shard) for shard in missing), head)
     # By number, not by place in a list that each process finds at its own time.
@@ -213,6 +224,6 @@ def _write(path: Path, states: BaseStates, fingerprint: str) -> None:
         save_file({"hidden": states.hidden, "lse": states.lse}, part, {FINGERPRINT: fingerprint})
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cache_base: {path} cannot be written ({error}): make room, and start again to go on") from None
+        raise OSError(f"cache_base: {path} cannot be written ({error}): start again when it can be, to go on") from None
     finally:
         part.unlink(missing_ok=True)

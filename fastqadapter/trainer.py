@@ -186,6 +186,8 @@ class QAdapterTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(f"fsdp={args.fsdp!r}: accelerate shards over GPUs, and there are none: leave it out")
         _keep_float32_outputs(self.accelerator)
         self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` is called before transformers 5.19
         self._train_means, self._eval_means = PairMeans(), PairMeans()

@@ -121,9 +121,24 @@ def test_other_data_model_or_mode_is_refused(tmp_path: Path, model: fqa.QAdapter
     shared = fqa.get_qadapter_model(tiny_base("llama"))
     with pytest.raises(ValueError, match="in kv_mode='shared' every step needs the K/V of the base pass"):
         base_cache.cached_rows(shared, rows(), tmp_path)
-    batch = fqa.PreferenceCollator(None, None)([base_cache.CachedRows(rows(), tmp_path, None)[0]])
+    batch = fqa.PreferenceCollator(None, None)([base_cache.cached_rows(model, rows(), tmp_path)[0]])
     with pytest.raises(ValueError, match="the batch brings base states"):
         shared(batch)
+
+
+def test_shard_that_another_run_has_put_there(tmp_path: Path, model: fqa.QAdapterModel) -> None:
+    cached = base_cache.cached_rows(model, rows(), tmp_path)
+    other = base_cache.cached_rows(model, rows(seed=1), tmp_path / "other")
+    shard = "base-00000.safetensors"
+    (tmp_path / "other" / shard).replace(tmp_path / shard)
+    with pytest.raises(ValueError, match="base-00000.safetensors is of another base model, other training data"):
+        cached[0]
+    with pytest.raises(ValueError, match="base-00000.safetensors is gone"):
+        other[0]
+    few = {"hidden": torch.zeros(3, 32), "lse": torch.zeros(3)}
+    base_cache.save_file(few, tmp_path / shard, {base_cache.FINGERPRINT: cached.fingerprint})
+    with pytest.raises(ValueError, match="does not hold the states of its pairs: delete it"):
+        cached[0]
 
 
 def test_a_file_that_is_none(tmp_path: Path, model: fqa.QAdapterModel) -> None:
@@ -135,7 +150,7 @@ def test_a_file_that_is_none(tmp_path: Path, model: fqa.QAdapterModel) -> None:
 def test_no_room_is_known_before_the_work(
     tmp_path: Path, model: fqa.QAdapterModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states = base_cache.CachedRows(rows(), tmp_path, None).ends[-1]
+    states = base_cache.CachedRows(rows(), tmp_path, None, "").ends[-1]
     free = states * (32 * 4 + 4) - 1  # a byte too few for D = 32 numbers in fp32 and the lse
     usage = type("Usage", (), {"free": free})
     monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda folder: usage)
@@ -159,7 +174,7 @@ def test_disk_that_runs_full_leaves_no_torn_file(
         save(tensors, path, metadata)
 
     monkeypatch.setattr(base_cache, "save_file", full_at_the_second)
-    with pytest.raises(OSError, match=r"base-00001.safetensors cannot be written .*No space left.*: make room"):
+    with pytest.raises(OSError, match=r"base-00001.safetensors cannot be written .*No space left.*: start again"):
         base_cache.cached_rows(model, rows(), tmp_path)
     assert list(written(tmp_path)) == ["base-00000.safetensors"]
     base_cache.cached_rows(model, rows(), tmp_path)

@@ -46,3 +46,13 @@ def test_what_a_user_wrote_is_kept(tmp_path: Path) -> None:
     again = ModelCard.load(saved(tmp_path) / "README.md")
     assert again.text.strip() == "# Mine"
     assert again.data.license == "mit" and again.data.base_model == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("content", [b"---\nbase_model: [x\n: :\n---\nhi", b"\xff\xfe", b"---\n- a\n---\n"])
+def test_a_broken_card_costs_no_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_bytes(content)
+    folder = saved(tmp_path)
+    assert (folder / "adapter_model.safetensors").exists() and (folder / "qadapter_config.json").exists()
+    assert (folder / "README.md").read_bytes() == content
+    assert "README.md is left as it is" in caplog.text

@@ -176,7 +176,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     run = Run(**json.loads((folder / RUN).read_text(encoding="utf-8")))
     result = train(run, folder)
-    (folder / TRAINED).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part = folder / f"{TRAINED}.part"
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(folder / TRAINED)
 
 
 if __name__ == "__main__":

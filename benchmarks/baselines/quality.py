@@ -82,12 +82,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose name begins so")
     parser.add_argument("--results", type=Path, help="write the tables as Markdown to this file")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs}: at least 1")
     model = arguments.model or str(demo_model_folder())
     sections, failures = [], []
     for entry in arguments.data:
         name, train_pairs, heldout = _files(entry, arguments.output_dir)
         runs = {label: run for each in arguments.plan for label, run in PLANS[each](model, train_pairs).items()}
         chosen = {label: run for label, run in runs.items() if label.startswith(tuple(arguments.only))}
+        if not chosen:
+            parser.error(f"--only {' '.join(arguments.only)}: no run begins so; there are {', '.join(runs)}")
         with ThreadPool(arguments.jobs) as pool:
             jobs = [(arguments.output_dir / name / label, run, heldout) for label, run in chosen.items()]
             for failure in tqdm(pool.imap_unordered(_outcome, jobs), desc=name, unit="run", total=len(jobs)):

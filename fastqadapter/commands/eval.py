@@ -102,6 +102,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load_adapters(folders, base_arguments, force=arguments.force)
     pairs = tokenize_rows(rows, tokenizer, max_length=arguments.max_length)
     pairs = pairs if arguments.max_pairs is None else TokenizedRows(pairs[: arguments.max_pairs])
+    _warn_of_long(pairs, model.config)
     home = {
         name: Point(config.alpha_0, config.alpha_tilde, weights[name])
         for name, config in model.qadapter_configs.items()
@@ -134,6 +135,14 @@ def main(argv: list[str]) -> None:
     (folder / REPORT).write_text(report, encoding="utf-8")
     print(report)
     print(f"results: {folder / RESULTS}, {folder / REPORT}{_plot(results, folder)}")
+
+
+def _warn_of_long(pairs: TokenizedRows, config: Any) -> None:
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs]
+    if limit and max(lengths) > limit:
+        count = sum(length > limit for length in lengths)
+        logger.warning("%d pairs are longer than the model's context of %d tokens: lower --max_length", count, limit)
 
 
 def _texts(path: str | None) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from fastqadapter.commands.parsing import ArgumentError
+from fastqadapter.cli import TRACEBACK_VARIABLE
 
 MODEL_NAME = "qadapter"
 
@@ -22,8 +23,10 @@ def main() -> int:
     register_model(MODEL_NAME)(QAdapterLM)
     try:
         cli_evaluate()
-    except ArgumentError as error:
-        print(f"{MODEL_NAME}: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:  # lm-eval's own too, of a task that it does not know
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print(f"{MODEL_NAME}: {' '.join(str(error).split())[:500]}", file=sys.stderr)
         return 2
     return 0
 

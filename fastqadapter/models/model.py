@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,8 @@ from fastqadapter.models.policy import Policy, check_assistant, check_uncached_i
 from fastqadapter.models.sharded import gathered_head
 from fastqadapter.models.streams import TwoStreams, check_servable, lock_of
 from fastqadapter.packing import PackedPairs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -287,11 +290,17 @@ class QAdapterModel(PeftModelForCausalLM):
             write_sidecar(adapter_folder(save_directory, name), self.qadapter_configs[name], self.base_identity)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """What `save_pretrained` writes as README.md: how to use the active adapter, and how it was trained."""
+        """What `save_pretrained` writes as README.md: how to use the active adapter, and how it was trained.
+
+        A card that cannot be read or written is left alone, with a warning: the weights are saved after it.
+        """
         name = self.active_adapter
         place = adapter_folder(".", name).as_posix()
         base_name = str(self.get_base_model().config.name_or_path)
-        write_card(Path(output_dir), place, base_name, self.qadapter_configs[name], self.peft_config[name])
+        try:
+            write_card(Path(output_dir), place, base_name, self.qadapter_configs[name], self.peft_config[name])
+        except Exception as error:  # what YAML and the hub's library raise is theirs
+            logger.warning("%s/README.md is left as it is: %s", output_dir, " ".join(str(error).split())[:200])
 
     @classmethod
     def from_pretrained(
