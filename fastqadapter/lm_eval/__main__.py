@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-from fastqadapter.cli import TRACEBACK_VARIABLE
-
 MODEL_NAME = "qadapter"
 
 
@@ -24,7 +22,7 @@ def main() -> int:
     try:
         cli_evaluate()
     except (ValueError, OSError) as error:  # lm-eval's own too, of a task that it does not know
-        if os.environ.get(TRACEBACK_VARIABLE):
+        if os.environ.get("FASTQADAPTER_TRACEBACK"):  # as the command line `fastqadapter` has it
             raise
         print(f"{MODEL_NAME}: {' '.join(str(error).split())[:500]}", file=sys.stderr)
         return 2
