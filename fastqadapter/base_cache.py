@@ -30,6 +30,7 @@ from fastqadapter.data import TokenizedRows
 from fastqadapter.models import QAdapterModel
 from fastqadapter.models.base import lm_head_of
 from fastqadapter.packing import BaseStates, PackedPairs, pack_pairs
+from fastqadapter.rows import TOKENIZED_KEYS
 
 FORMAT = 1
 PAIRS_PER_SHARD = 256
@@ -48,6 +49,10 @@ class CachedRows(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def shards(self) -> range:
+        return range(-(-len(self) // PAIRS_PER_SHARD))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard = index // PAIRS_PER_SHARD
@@ -71,7 +76,7 @@ class CachedRows(Dataset[dict[str, Any]]):
 
     def missing(self) -> list[str]:
         """Names of the shards that are not there."""
-        paths = (shard_path(self.folder, shard) for shard in range(-(-len(self) // PAIRS_PER_SHARD)))
+        paths = (shard_path(self.folder, shard) for shard in self.shards)
         return [path.name for path in paths if not path.exists()]
 
     def states_in(self, shard: int) -> int:
@@ -113,9 +118,8 @@ def cached_rows(
         )
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = fingerprint_of(model, rows, pad_action, precision)
-    shards = range(-(-len(rows) // PAIRS_PER_SHARD))
-    missing = [shard for shard in shards if not is_whole(shard_path(folder, shard), fingerprint)]
     cached = CachedRows(rows, folder, pad_action, fingerprint)
+    missing = [shard for shard in cached.shards if not is_whole(shard_path(folder, shard), fingerprint)]
     head = lm_head_of(model.get_base_model()).weight
     _check_room(folder, sum(cached.states_in(shard) for shard in missing), head)
     # By number, not by place in a list that each process finds at its own time.
@@ -147,7 +151,7 @@ def fingerprint_of(model: QAdapterModel, rows: TokenizedRows, pad_action: int | 
     facts = [FORMAT, PAIRS_PER_SHARD, identity, config, dtype, precision, pad_action]
     digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
     for row in rows:
-        digest.update(json.dumps([row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]).encode())
+        digest.update(json.dumps([row[name] for name in TOKENIZED_KEYS]).encode())
     return digest.hexdigest()
 
 

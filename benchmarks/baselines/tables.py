@@ -9,6 +9,8 @@ from typing import Any
 
 from methods import Run
 
+from fastqadapter_benchmarks.report import table
+
 Outcome = dict[str, Any]  # what training and evaluation left: seconds, peak_mib, device, evaluation, base
 Row = Mapping[str, Any]  # of an evaluation: accuracy, kl, perplexity, kept at one setting of the dials
 OURS = "q-adapter"
@@ -153,8 +155,3 @@ def _points_of_ours(outcomes: Sequence[tuple[Run, Outcome]]) -> Iterator[Row]:
 
 def _accuracy(row: Row) -> float:
     return float(row["accuracy"]["value"])
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -123,40 +123,34 @@ class TwoStreams:
         if self._running:  # a callback of `generate` asks for a loss
             with self._paused():
                 return self.packed_hidden_states(batch, adapter)
-        if batch.base is not None:
-            return self._q_hidden_states(batch, adapter), batch.base.hidden
+        if batch.base is not None and self.kv_mode != "separate":
+            raise ValueError(
+                f"the batch brings base states, but in kv_mode={self.kv_mode!r} the base pass makes K/V too"
+            )
         rows = batch.state_rows()
         recorded: dict[int, tuple[Tensor, Tensor]] | None = None if self.kv_mode == "separate" else {}
         base_pass = PackedAttention(base_segments(batch), "own", recorded, first_read=self.trunk_depth)
         with packed_attention_of(self.decoder):
-            with self.base_stream(), self._tap_trunk() as trunk:
-                hidden_b = self._run(batch.input_ids, batch.position_ids, base_pass)
-            if self.kv_mode == "separate":
-                q_pass = PackedAttention(base_pass.segments, "own")
+            trunk: list[Any] = []
+            if batch.base is not None:
+                hidden_b = batch.base.hidden
+            else:
+                with self.base_stream(), self._tap_trunk() as trunk:
+                    hidden_b = self._run(batch.input_ids, batch.position_ids, base_pass).index_select(0, rows)
+            if self.kv_mode == "separate":  # the same segments on its own K/V, and so the same masks
                 with self.q_stream(adapter), self._start_above_trunk(trunk, None), self._recompute_as_q(adapter):
-                    hidden_q = self._run(batch.input_ids, batch.position_ids, q_pass).index_select(0, rows)
+                    hidden_q = self._run(batch.input_ids, batch.position_ids, base_pass).index_select(0, rows)
             else:
                 kv_axis = "base" if self.kv_mode == "shared" else "base+own"
                 q_pass = PackedAttention(q_segments(batch, self.kv_mode), kv_axis, recorded)
                 with self.q_stream(adapter), self._start_above_trunk(trunk, rows), self._recompute_as_q(adapter):
                     hidden_q = self._run(batch.input_ids[rows], batch.position_ids[rows], q_pass)
-        return hidden_q, hidden_b.index_select(0, rows)
+        return hidden_q, hidden_b
 
     def base_hidden_states(self, batch: PackedPairs) -> Tensor:
         """(S, D) last hidden states of the base at the state rows."""
         with packed_attention_of(self.decoder), self.base_stream():
             hidden = self._run(batch.input_ids, batch.position_ids, PackedAttention(base_segments(batch), "own"))
-        return hidden.index_select(0, batch.state_rows())
-
-    def _q_hidden_states(self, batch: PackedPairs, adapter: str | None) -> Tensor:
-        """(S, D) of the Q stream alone, where that of the base is known."""
-        if self.kv_mode != "separate":
-            raise ValueError(
-                f"the batch brings base states, but in kv_mode={self.kv_mode!r} the base pass makes K/V too"
-            )
-        q_pass = PackedAttention(base_segments(batch), "own")
-        with packed_attention_of(self.decoder), self.q_stream(adapter), self._recompute_as_q(adapter):
-            hidden = self._run(batch.input_ids, batch.position_ids, q_pass)
         return hidden.index_select(0, batch.state_rows())
 
     def _run(self, input_ids: Tensor, position_ids: Tensor, packed: PackedAttention) -> Tensor:
