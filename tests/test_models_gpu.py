@@ -14,7 +14,7 @@ from transformers import CompileConfig
 
 import fastqadapter as fqa
 from generation_cases import PROMPTS, each_mode, ids_of, trained_twins
-from tiny import PAD, PAIRS, lora_gradients, make_twins, packed
+from tiny import PAD, loss_and_gradients, make_twins
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
 
@@ -24,13 +24,6 @@ CUDA_GRAPHS: dict[str, Any] = {
     "cache_implementation": "static",
     "compile_config": CompileConfig(fullgraph=True, mode="reduce-overhead"),
 }
-
-
-def loss_and_gradients(model: fqa.QAdapterModel) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(packed(PAIRS, model).to(model.device)).loss
-    loss.backward()
-    return loss.item(), {name: gradient.cpu() for name, gradient in lora_gradients(model).items()}
 
 
 def tokens(model: fqa.QAdapterModel, **options: Any) -> list[list[int]]:
@@ -45,9 +38,9 @@ def test_loss_and_gradients(name: str, kv_mode: str) -> None:
     model = make_twins(name, kv_mode, alpha_0=0.9, alpha_tilde=0.7).model
     expected, gradients = loss_and_gradients(model)
     found, on_gpu = loss_and_gradients(copy.deepcopy(model).to("cuda"))
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for parameter, gradient in gradients.items():
-        assert (on_gpu[parameter] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7, parameter
+        assert (on_gpu[parameter].cpu() - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7, parameter
 
 
 @each_mode

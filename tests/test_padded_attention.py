@@ -7,13 +7,12 @@ import importlib
 import pytest
 import torch
 
-import fastqadapter as fqa
 from fastqadapter.models.attention import base_segments
 from fastqadapter.models.padded_attention import ALIGNED, PaddedSegments, scores_of
 from fastqadapter.packing import pack_pairs
 from generation_cases import each_mode
 from test_cpu_attention import test_equals_explicit_attention as attention_equals_explicit
-from tiny import ARCHITECTURES, PAIRS, lora_gradients, make_twins, packed
+from tiny import ARCHITECTURES, loss_and_gradients, make_twins
 
 module = importlib.import_module("fastqadapter.models.attention")
 
@@ -32,13 +31,6 @@ def test_equals_explicit_attention(
     padded: None, kv_mode: str, window: int | None, scale: float, dtype: torch.dtype
 ) -> None:
     attention_equals_explicit(kv_mode, window, scale, dtype)
-
-
-def loss_and_gradients(model: fqa.QAdapterModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(packed(PAIRS, model)).loss
-    loss.backward()
-    return loss.detach(), lora_gradients(model)
 
 
 @each_mode

@@ -234,3 +234,11 @@ def packed(pairs: Iterable[Pair], model: fqa.QAdapterModel) -> PackedPairs:
     """The pairs as the model's preset wants them."""
     shifted = model.qadapter_config.scored_states == "shifted"
     return pack_pairs(list(pairs), pad_action=PAD if shifted else None)
+
+
+def loss_and_gradients(model: fqa.QAdapterModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of `PAIRS` and the gradient of every LoRA weight, on the device of the model."""
+    model.zero_grad()
+    loss = model(packed(PAIRS, model).to(model.device)).loss
+    loss.backward()
+    return loss.detach(), lora_gradients(model)
