@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from methods import Run
+from records import Outcome, Row
 
 from fastqadapter_benchmarks.report import table
 
-Outcome = dict[str, Any]  # what training and evaluation left: seconds, peak_mib, device, evaluation, base
-Row = Mapping[str, Any]  # of an evaluation: accuracy, kl, perplexity, kept at one setting of the dials
 OURS = "q-adapter"
 
 HEAD = """# Does it learn, does it forget
 
-Written by `benchmarks/baselines/quality.py --results`; nothing here is edited by hand. All methods train LoRA of one
-rank on the same layers (q, o, MLP), on the same 480 pairs of at most 256 tokens, for as many steps of 8 pairs; ours
-by `QAdapterTrainer`, SFT on the chosen response and DPO by TRL's trainers, from SmolLM2-135M-Instruct in bf16.
+Written by `benchmarks/baselines/quality.py --results` from the figures in `benchmarks/baselines/outcomes`; nothing here
+is edited by hand. All methods train LoRA of one rank on the same layers (q, o, MLP), on the same pairs, for as many
+steps of 8 pairs, in bf16; ours by `QAdapterTrainer`, SFT on the chosen response and DPO by TRL's trainers.
 `fastqadapter eval` measures all of them in one way (docs/evaluation.md): *accuracy* is the share of held-out pairs
 whose chosen response has the higher implicit reward, log pi~ - log pi summed over the response, with a 95 % bootstrap
 interval over the pairs; *KL* is KL(base || customised) per token of neutral text; *kept* the share of the tasks that
-the base does right. Seconds and MiB are of training. Two CPU threads had the machine to themselves; one thread shared
-it with other work, and on the GPU a dozen runs ran at once, so that those seconds say little. A row of several seeds
-has their means."""
+the base does right. A row of several seeds has their means. Seconds and MiB are of training: with two threads a run had
+the machine to itself, with one it shared it with another run, and on the GPU with a dozen, so that those seconds say
+little."""
 
 COLUMNS = (
     *("method", "KV mode", "Q head", "seeds", "accuracy", "by seed", "margin", "KL, nats", "perplexity", "kept"),
@@ -37,13 +35,24 @@ def section(name: str, outcomes: Sequence[tuple[Run, Outcome]]) -> str:
     """Methods, then the frontier of the swept run, then what one can say of it against DPO."""
     compared = [(run, found) for run, found in outcomes if not is_searched(run)]
     searched = [(run, found) for run, found in outcomes if is_searched(run)]
-    parts = [f"## {name}", methods_table(compared)]
-    swept = [found for run, found in compared if run.method == OURS and len(rows_of(found)) > 1]
-    parts += [f"The first run of ours at other dials, without training again:\n\n{frontier(found)}" for found in swept]
-    parts += [against_dpo(compared)] if swept and any(run.method == "dpo" for run, _ in compared) else []
+    parts = [f"## {name}", _on_what(outcomes), f"![{name}](plots/quality/{name}.svg)", methods_table(compared)]
+    ours = [(run, found) for run, found in compared if run.method == OURS and run.q_head == "difference"]
+    if ours:
+        parts.append(f"Ours at smaller weights, without training again:\n\n{weights_table(ours)}")
+        parts += [against_dpo(compared)] if any(run.method == "dpo" for run, _ in compared) else []
     if searched:
         parts.append(f"Ours with one setting changed, `shared`:\n\n{search_table(searched)}")
+    swept = [found for _, found in ours if len(weights_of(found)) < len(rows_of(found))]
+    parts += [f"The first run of ours at all dials:\n\n{frontier(found)}" for found in swept]
     return "\n\n".join(parts)
+
+
+def _on_what(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
+    """Model and pairs, which all runs on one data set share."""
+    run, _ = outcomes[0]
+    [heldout] = {row["accuracy"]["count"] for _, found in outcomes for row in rows_of(found)}
+    [trained] = {found["pairs"] for _, found in outcomes}
+    return f"{run.model}, {trained} pairs of at most {run.longest} tokens to train on, {heldout} held out."
 
 
 def is_searched(run: Run) -> bool:
@@ -53,7 +62,14 @@ def is_searched(run: Run) -> bool:
 
 
 def rows_of(found: Outcome) -> list[Row]:
-    return list(found["evaluation"]["rows"])
+    return list(found["rows"])
+
+
+def weights_of(found: Outcome) -> list[Row]:
+    """The rows in which the weight alone differs from the adapter's own dials, by weight."""
+    home = rows_of(found)[0]["point"]
+    own = [row for row in rows_of(found) if {**row["point"], "weight": home["weight"]} == home]
+    return sorted(own, key=lambda row: float(row["point"]["weight"]))
 
 
 def by_setting(outcomes: Sequence[tuple[Run, Outcome]]) -> dict[Run, list[Outcome]]:
@@ -66,7 +82,7 @@ def by_setting(outcomes: Sequence[tuple[Run, Outcome]]) -> dict[Run, list[Outcom
 
 def methods_table(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
     groups = by_setting(outcomes)
-    return table(COLUMNS, [[*_names(run), *_measured(own), *_cost(own)] for run, own in groups.items()])
+    return table(COLUMNS, [[*_names(run), *_measured(_home(own)), *_cost(own)] for run, own in groups.items()])
 
 
 def search_table(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
@@ -78,32 +94,51 @@ def search_table(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
         )
 
     columns = ("changed", *COLUMNS[3:])
-    rows = [[changed(run), *_measured(own), *_cost(own)] for run, own in by_setting(outcomes).items()]
+    rows = [[changed(run), *_measured(_home(own)), *_cost(own)] for run, own in by_setting(outcomes).items()]
     return table(columns, rows)
 
 
+LABELS = {OURS: "Q-Adapter", "published": "Q-Adapter, published objective", "dpo": "DPO", "sft": "SFT"}
+
+
+def label_of(run: Run) -> str:
+    return LABELS[run.method]
+
+
 def _names(run: Run) -> list[str]:
-    label = {OURS: "Q-Adapter", "published": "Q-Adapter, published objective", "dpo": "DPO", "sft": "SFT"}
     beta = "" if run.beta is None else f", beta {run.beta:g}"
     mode = {"published": "separate", OURS: run.kv_mode}.get(run.method, "own")
     head = {"published": "logits", OURS: run.q_head}.get(run.method, "")
-    return [f"{label[run.method]} (lr {run.learning_rate:g}{beta})", mode, head]
+    return [f"{label_of(run)} (lr {run.learning_rate:g}{beta})", mode, head]
 
 
-def _measured(own: Sequence[Outcome]) -> list[str]:
-    rows = [rows_of(each)[0] for each in own]
-    accuracies = [row["accuracy"] for row in rows]
+def _measured(rows: Sequence[Row]) -> list[str]:
+    """Of one setting, a row for each seed."""
     mean = statistics.mean
+    accuracies = [row["accuracy"] for row in rows]
     low, high = (mean(each[end] for each in accuracies) for end in ("low", "high"))
     return [
-        str(len(own)),
-        f"{mean(each['value'] for each in accuracies):.3f} [{low:.3f}, {high:.3f}]",
-        ", ".join(f"{each['value']:.3f}" for each in accuracies) if len(own) > 1 else "",
+        str(len(rows)),
+        f"{mean_accuracy(rows):.3f} [{low:.3f}, {high:.3f}]",
+        ", ".join(f"{each['value']:.3f}" for each in accuracies) if len(rows) > 1 else "",
         f"{mean(row['margin']['value'] for row in rows):.2f}",
-        f"{mean(row['kl'] for row in rows):.4f}",
+        f"{mean_kl(rows):.4f}",
         f"{mean(row['perplexity'] for row in rows):.2f}",
         f"{100 * mean(row['kept'] for row in rows):.1f}%",
     ]
+
+
+def mean_accuracy(rows: Sequence[Row]) -> float:
+    return statistics.mean(float(row["accuracy"]["value"]) for row in rows)
+
+
+def mean_kl(rows: Sequence[Row]) -> float:
+    return statistics.mean(float(row["kl"]) for row in rows)
+
+
+def _home(own: Sequence[Outcome]) -> list[Row]:
+    """At the dials that a run was trained with."""
+    return [rows_of(each)[0] for each in own]
 
 
 def _cost(own: Sequence[Outcome]) -> list[str]:
@@ -111,47 +146,54 @@ def _cost(own: Sequence[Outcome]) -> list[str]:
     return [f"{seconds:.0f}", f"{peak:.0f}", ", ".join(dict.fromkeys(each["device"] for each in own))]
 
 
+def weights_table(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
+    """Each setting at every weight at which most of its seeds were measured."""
+    columns = ("KV mode", "weight", *COLUMNS[3:10])
+    rows = [
+        [run.kv_mode, f"{weight:g}", *_measured(own)]
+        for run, points in by_weight(outcomes).items()
+        for weight, own in points.items()
+    ]
+    return table(columns, rows)
+
+
+def by_weight(outcomes: Sequence[tuple[Run, Outcome]]) -> dict[Run, dict[float, list[Row]]]:
+    """Rows of a setting, one for each seed, at every weight that most of its seeds have, the largest first."""
+    found: dict[Run, dict[float, list[Row]]] = {}
+    for run, own in by_setting(outcomes).items():
+        rows: dict[float, list[Row]] = {}
+        for each in own:
+            for row in weights_of(each):
+                rows.setdefault(float(row["point"]["weight"]), []).append(row)
+        found[run] = {weight: rows[weight] for weight in sorted(rows, reverse=True) if 2 * len(rows[weight]) > len(own)}
+    return found
+
+
 DIALS = ("weight", "alpha_0", "alpha_tilde")
 
 
 def frontier(found: Outcome) -> str:
     """Every swept setting of the dials."""
-    columns = (*DIALS, "accuracy", "margin", "KL, nats", "perplexity", "kept")
-    return table(columns, [[*(f"{row['point'][dial]:g}" for dial in DIALS), *_point(row)] for row in rows_of(found)])
-
-
-def _point(row: Row) -> list[str]:
-    accuracy = row["accuracy"]
-    return [
-        f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]",
-        f"{row['margin']['value']:.2f}",
-        f"{row['kl']:.4f}",
-        f"{row['perplexity']:.2f}",
-        f"{100 * row['kept']:.1f}%",
-    ]
+    rows = [[*(f"{row['point'][dial]:g}" for dial in DIALS), *_measured([row])] for row in rows_of(found)]
+    kept = [index for index, name in enumerate((*DIALS, *COLUMNS[3:10])) if name not in ("seeds", "by seed")]
+    return table([(*DIALS, *COLUMNS[3:10])[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
 
 def against_dpo(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
-    """Whether ours reaches the accuracy of the best DPO run at half its KL, at some setting of the dials."""
-    baselines = (rows_of(found)[0] for run, found in outcomes if run.method == "dpo")
-    best = max(baselines, key=lambda row: (_accuracy(row), -row["kl"]))
-    enough = [
-        row for row in _points_of_ours(outcomes) if _accuracy(row) >= _accuracy(best) and 2 * row["kl"] <= best["kl"]
+    """Whether ours, as means over the seeds, reaches the accuracy of the best DPO run at half its KL at some weight."""
+    baselines = ([rows_of(found)[0]] for run, found in outcomes if run.method == "dpo")
+    best = min(baselines, key=lambda rows: (-mean_accuracy(rows), mean_kl(rows)))
+    bar = f"The best DPO run has accuracy {mean_accuracy(best):.3f} at KL {mean_kl(best):.4f}. "
+    ours = [
+        (run, weight, rows)
+        for run, points in by_weight([each for each in outcomes if each[0].method == OURS]).items()
+        for weight, rows in points.items()
+        if mean_accuracy(rows) >= mean_accuracy(best) and 2 * mean_kl(rows) <= mean_kl(best)
     ]
-    bar = f"The best DPO run has accuracy {_accuracy(best):.3f} at KL {best['kl']:.4f}. "
-    if not enough:
-        return bar + "No setting of ours reaches that at half the KL."
-    ours = max(enough, key=_accuracy)
-    dials = ", ".join(f"{dial} {ours['point'][dial]:g}" for dial in DIALS)
-    found = f"{bar}Ours at {dials} has {_accuracy(ours):.3f} at {ours['kl']:.4f}."
-    return f"{found} (Both are the best of several settings on these very pairs, and their intervals overlap.)"
-
-
-def _points_of_ours(outcomes: Sequence[tuple[Run, Outcome]]) -> Iterator[Row]:
-    for run, found in outcomes:
-        if run.method == OURS:
-            yield from rows_of(found)
-
-
-def _accuracy(row: Row) -> float:
-    return float(row["accuracy"]["value"])
+    if not ours:
+        return bar + "No weight of ours reaches that at half the KL."
+    run, weight, rows = max(ours, key=lambda each: mean_accuracy(each[2]))
+    seeds = f", the mean of {len(rows)} seeds" if len(rows) > 1 else ""
+    found = f"Ours in `{run.kv_mode}` mode at weight {weight:g} has {mean_accuracy(rows):.3f} at {mean_kl(rows):.4f}"
+    caveat = "Both are the best of several settings on these very pairs, and their intervals overlap."
+    return f"{bar}{found}{seeds}. ({caveat})"

@@ -1,0 +1,45 @@
+"""What is kept of a run: one small JSON file, `FOLDER/DATA/RUN.json`, from which tables and plots are written anywhere.
+
+It names no folder of the machine it ran on: model and pairs by their names alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from methods import Run
+
+Outcome = dict[str, Any]  # what training and evaluation left: seconds, peak_mib, device, rows
+Row = Mapping[str, Any]  # of an evaluation, at one setting of the dials
+
+ROW = ("point", "accuracy", "margin", "kl", "perplexity", "kept")
+
+
+def named(run: Run, data: str) -> Run:
+    """The run without the folders of this machine."""
+    return dataclasses.replace(run, model=Path(run.model).name, train_pairs=data)
+
+
+def write(path: Path, run: Run, trained: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Keep a run that is done: its settings, the cost of training, the figures of `eval.json`."""
+    rows = [{name: row[name] for name in ROW} for row in results["adapters"]["run"]["rows"]]
+    content = {"run": dataclasses.asdict(run), **trained, "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read(path: Path) -> tuple[Run, Outcome]:
+    outcome = json.loads(path.read_text(encoding="utf-8"))
+    return Run(**outcome.pop("run")), outcome
+
+
+def finished(folder: Path, labels: Iterable[str]) -> list[tuple[Run, Outcome]]:
+    """The runs of one data set that are done, in the order of their labels."""
+    return [read(folder / f"{label}.json") for label in labels if (folder / f"{label}.json").exists()]
