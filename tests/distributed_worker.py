@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 
 import fastqadapter as fqa
 from fastqadapter.sharding import whole
-from test_trainer import TOKENIZER, arguments
 from tiny import lora_parameters, tiny_base
+from trainers import TOKENIZER, arguments
 from words import word_rows
 
 LAUNCH = Path(__file__).parents[1] / "examples" / "launch"

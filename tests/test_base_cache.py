@@ -13,8 +13,8 @@ import torch
 import fastqadapter as fqa
 from fastqadapter import base_cache
 from fastqadapter.data import tokenize_rows
-from test_trainer import TOKENIZER, adapter_weights, make_trainer
 from tiny import lora_config, tiny_base
+from trainers import TOKENIZER, adapter_weights, make_trainer
 from words import save_workplace, word_rows
 
 # The large epsilon takes the sign of gradients that are but rounding out of Adam's weights.
