@@ -45,7 +45,7 @@ with TemporaryDirectory() as output_dir:
 for name in ("rewards/accuracies", "rewards/margins"):
     print(f"held-out {name}: {before[f'eval_{name}']:.2f} before, {after[f'eval_{name}']:.2f} after training")
 
-# 4. Generation from softmax((w q + alpha_0 log pi) / alpha_tilde). The dials need no training; weight 0 is the base.
+# 4. Generation from softmax((w q + alpha_0 log pi) / alpha_tilde). No dial needs training; here weight 0 is the base.
 model.eval()
 chat = [{"role": "user", "content": "What is a rainbow?"}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")

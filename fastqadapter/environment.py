@@ -24,12 +24,15 @@ PACKAGES = {
     "trl": "optional: pip install trl",
     "datasets": "optional: pip install datasets",
     "bitsandbytes": "optional, for quantised bases: pip install bitsandbytes",
-    "flash-attn": "optional, not used by this version",
+    "flash-attn": 'optional, attention of generation on a GPU: pip install "fastqadapter[flash-attn]"',
+    "deepspeed": "optional, for ZeRO-3: pip install deepspeed",
+    "lm-eval": 'optional, for fastqadapter.lm_eval: pip install "fastqadapter[eval]"',
+    "vllm": 'optional, for serving: pip install "fastqadapter[vllm]"',
     "gguf": 'optional, for the demo: pip install "fastqadapter[demo]"',
     "matplotlib": 'optional, for the demo: pip install "fastqadapter[demo]"',
     "kernels": "optional: pip install kernels",
 }
-OVERRIDES = ("FASTQADAPTER_BACKEND", "FASTQADAPTER_CPU_ISA", "FASTQADAPTER_CACHE")
+OVERRIDES = ("FASTQADAPTER_BACKEND", "FASTQADAPTER_CPU_ISA", "FASTQADAPTER_AUTOTUNE", "FASTQADAPTER_CACHE")
 
 _NO_LIBRARY = (
     "missing: the install found no working C++ compiler. Everything works without it, slower; "

@@ -114,7 +114,7 @@ class QAdapterTrainer(Trainer):
         compute_metrics: None, for TRL's sake: there are no predictions to hand over, all metrics are logged.
         callbacks, optimizers: as in Trainer.
         quantization_config: for a model given by name.
-        peft_config: a `LoraConfig` for a new adapter; default rank 8. Not with a `QAdapterModel`.
+        peft_config: a `LoraConfig` for a new adapter; default rank 8, `lora_alpha` 16. Not with a `QAdapterModel`.
         qadapter_config: hyper-parameters of a new adapter; default `QAdapterConfig()`. Not with a `QAdapterModel`.
 
     Raises:

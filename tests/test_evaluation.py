@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fastqadapter.evaluation.intervals import bootstrap_mean
 from fastqadapter.evaluation.learning import PairScores
 from fastqadapter.evaluation.neutral import TEXTS
 from fastqadapter.evaluation.report import format_report
-from fastqadapter.evaluation.scores import Point, TokenScores, score_tokens
+from fastqadapter.evaluation.scores import Point, TokenScores, _score_rows, score_tokens
 from fastqadapter.evaluation.sweep import Sweep, sweet_spot, swept
 from fastqadapter.packing import pack
 from tiny import PAIRS, make_twins, packed, randomise_adapter, tiny_base
@@ -73,7 +74,34 @@ def test_weights_of_a_point_scale_the_residual() -> None:
         z = ((point.weight * (q - b) + point.alpha_0 * b) / point.alpha_tilde)[states].log_softmax(dim=-1)
         expected = z.gather(1, batch.actions[:, None])[:, 0]
         torch.testing.assert_close(found.policy[number], expected.float(), atol=5e-5, rtol=1e-4)
-    assert found.kl[1].abs().max() < 1e-5  # weight 0: the base itself
+    assert (found.kl[1] == 0).all() and torch.equal(found.policy[1], found.base)  # weight 0: the base itself
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1.0])
+def test_a_small_kl_is_not_rounding(size: float) -> None:
+    """Logits as a language model has them: an lse of 30, a few likely tokens, a large vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    b, q = (torch.randn(16, 49152, generator=generator) * each for each in (3.0, size))
+    b += 15.0
+    b[:, :3] += 14.0
+    actions = torch.arange(16)[:, None]
+    _, _, found = _score_rows(b, q, actions, POINTS[:2])
+    _, _, expected = _score_rows(b.double(), q.double(), actions, POINTS[:2])
+    torch.testing.assert_close(found.double().mean(dim=1), expected.mean(dim=1), rtol=1e-3, atol=1e-7)
+
+
+def test_scores_that_are_not_finite_are_no_score() -> None:
+    twins = make_twins("llama", "shared")
+    with torch.no_grad():
+        twins.model.get_base_model().lm_head.weight[3] = math.nan
+    with pytest.raises(ValueError, match="log-probabilities at weight 1, alpha_0 1, alpha_tilde 1 are not finite"):
+        score_tokens(twins.model, pack([(PAIRS[0][0], PAIRS[0][1:])]), [Point()])
+
+
+def test_perplexity_beyond_the_largest_number() -> None:
+    scores = TokenScores(torch.tensor([-1.0]), torch.tensor([[-800.0]]), torch.tensor([[799.0]]))
+    [drift] = drifts([scores])
+    assert drift.perplexity == math.inf and drift.base_perplexity == pytest.approx(math.e)
 
 
 def test_dials_go_with_logits_alone() -> None:
@@ -327,7 +355,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--tasks", "0"], "tasks=0 is outside its legal range [1, inf)"),
+        (["--tasks", "0"], "tasks=0 is outside its legal range [1, 200]"),
+        (["--tasks", "201"], "tasks=201 is outside its legal range [1, 200]"),
         (["--keep", "1.5"], "keep=1.5 is outside its legal range [0, 1]"),
         (["--alpha_tilde", "0"], "alpha_tilde=0.0 cannot be swept"),
         (["--weight", "nan"], "weight=nan cannot be swept"),
@@ -341,6 +370,31 @@ def test_mistakes_are_one_line(
 ) -> None:
     assert cli.main(arguments(workplace, "never", *more)) == 2
     assert message in one_line(capsys) and not (workplace / "never").exists()
+
+
+def test_a_point_that_cannot_be_is_refused_before_the_work(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments(workplace, "extreme", "--alpha_tilde", "1e-38")) == 2
+    assert "alpha_0: 0.9 / alpha_tilde 1e-38 is above" in one_line(capsys)
+    assert not (workplace / "extreme" / "eval.json").exists()  # not one stage was run
+
+
+def test_an_adapter_that_was_changed_is_another(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(workplace / "one", workplace / "three")
+    more = ["--sweep", "false", "--adapter", f"three={workplace / 'three'}"]
+    assert cli.main(arguments(workplace, "of_three", *more)) == 0
+    config = workplace / "three" / "qadapter_config.json"
+    config.write_text(config.read_text().replace('"alpha_0": 0.9', '"alpha_0": 0.5'))
+    assert cli.main(arguments(workplace, "of_three", *more)) == 2
+    assert "an evaluation with adapters=" in one_line(capsys)
+
+
+def test_bad_rows_are_skipped_if_told(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = workplace / "one_bad.jsonl"
+    rows.write_text((workplace / "heldout.jsonl").read_text() + '{"prompt": "w1 w2"}\n')
+    more = ["--sweep", "false", "--dataset_name", str(rows)]
+    assert cli.main(arguments(workplace, "one_bad", *more)) == 2
+    assert "on_bad_row" in one_line(capsys)
+    assert cli.main(arguments(workplace, "one_bad", *more, "--on_bad_row", "skip")) == 0
 
 
 def spoil_file(folder: Path) -> None:

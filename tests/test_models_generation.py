@@ -100,6 +100,16 @@ def test_both_q_heads(name: str, kv_mode: str, q_head: str) -> None:
     torch.testing.assert_close(torch.log_softmax(logits, dim=-1), expected, **CLOSE)
 
 
+@each_mode
+def test_a_logits_head_with_weight_0(kv_mode: str) -> None:
+    """Nothing of the adapter is left: the base at these alphas."""
+    twins = make_twins("llama", kv_mode, q_head="logits", **NUMBERS)
+    found = twins.model(**ids_of(PROMPT), logits_to_keep=1, adapters={"default": 0.0}).logits[0, -1]
+    base = twins.base(**ids_of(PROMPT)).logits[0, -1]
+    expected = base * (NUMBERS["alpha_0"] / NUMBERS["alpha_tilde"])
+    torch.testing.assert_close(found.log_softmax(dim=-1), expected.log_softmax(dim=-1), **CLOSE)
+
+
 # --- transformers' searches -------------------------------------------------------------------------------------------
 
 

@@ -353,7 +353,9 @@ def test_refused_generation(kv_mode: str, dials: dict[str, Any], reason: str) ->
     assert type(inner) is transformers.LlamaForCausalLM and not hasattr(inner, "_fqa_policy")
 
 
-@pytest.mark.parametrize("weights", [{"default": 0.5}, {"default": 0.0}, {"default": 1.0, "polite": 1.0}])
+@pytest.mark.parametrize(
+    "weights", [{"default": 0.5}, {"default": 1.0, "polite": 1.0}, {"default": 0.0, "polite": 2.0}]
+)
 def test_a_logits_head_does_not_mix(weights: dict[str, float]) -> None:
     model = make_twins("llama", "shared", adapters=("default", "polite"), q_head="logits").model
     with pytest.raises(ValueError, match="needs q_head='difference'"):

@@ -7,20 +7,22 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+import torch
+from peft import get_peft_model_state_dict
 
 from fastqadapter.commands.adapters import BaseArguments, load_adapters, name_adapters
 from fastqadapter.commands.arguments import OneLineHfParser, load_rows
 from fastqadapter.commands.parsing import ArgumentError
 from fastqadapter.data import TokenizedRows, tokenize_rows
-from fastqadapter.evaluation.capabilities import capability_set
+from fastqadapter.evaluation.capabilities import MOST, capability_set
 from fastqadapter.evaluation.neutral import TEXTS
 from fastqadapter.evaluation.report import format_report
 from fastqadapter.evaluation.run import RESULTS, Evaluation, Evaluator, Plan
 from fastqadapter.evaluation.scores import Point
 from fastqadapter.evaluation.sweep import ALPHAS_0, ALPHAS_TILDE, WEIGHTS, Sweep
+from fastqadapter.models import QAdapterModel
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +46,15 @@ class EvalArguments:
     output_dir: str = dataclasses.field(metadata={"help": "folder of the results; a started one is continued"})
     dataset_config: str | None = dataclasses.field(default=None, metadata={"help": "configuration of a hub dataset"})
     dataset_test_split: str = dataclasses.field(default="test", metadata={"help": "split of a hub dataset"})
+    on_bad_row: Literal["raise", "skip"] = dataclasses.field(
+        default="raise", metadata={"help": "stop at a malformed row, or skip and count it"}
+    )
     max_pairs: int | None = dataclasses.field(default=None, metadata={"help": "take the first so many pairs"})
     max_length: int = dataclasses.field(default=1024, metadata={"help": "most tokens of prompt + response"})
     neutral_text: str | None = dataclasses.field(
         default=None, metadata={"help": "text file for KL and perplexity, paragraph by paragraph; default: our own"}
     )
-    tasks: int = dataclasses.field(default=40, metadata={"help": "items of each capability task"})
+    tasks: int = dataclasses.field(default=40, metadata={"help": f"items of each capability task, at most {MOST}"})
     alpha_0: list[float] = dataclasses.field(default_factory=lambda: list(ALPHAS_0), metadata={"help": "swept values"})
     alpha_tilde: list[float] = dataclasses.field(
         default_factory=lambda: list(ALPHAS_TILDE), metadata={"help": "swept values"}
@@ -66,9 +71,11 @@ class EvalArguments:
     force: bool = dataclasses.field(default=False, metadata={"help": "take an adapter of another base model"})
 
     def __post_init__(self) -> None:
-        for name, low in (("tasks", 1), ("samples", 0), ("sample_tokens", 1), ("batch_size", 1), ("max_length", 2)):
+        for name, low in (("samples", 0), ("sample_tokens", 1), ("batch_size", 1), ("max_length", 2)):
             if getattr(self, name) < low:
                 raise ArgumentError(f"{name}={getattr(self, name)} is outside its legal range [{low}, inf)")
+        if not 1 <= self.tasks <= MOST:
+            raise ArgumentError(f"tasks={self.tasks} is outside its legal range [1, {MOST}]")
         if self.max_pairs is not None and self.max_pairs < 1:
             raise ArgumentError(f"max_pairs={self.max_pairs} is outside its legal range [1, inf)")
         if not 0 <= self.keep <= 1:
@@ -97,10 +104,14 @@ def main(argv: list[str]) -> None:
     folders, weights = name_adapters(arguments.adapter)
     texts = _texts(arguments.neutral_text)
     rows = load_rows(
-        "dataset_name", arguments.dataset_name, arguments.dataset_test_split, config=arguments.dataset_config
+        "dataset_name",
+        arguments.dataset_name,
+        arguments.dataset_test_split,
+        config=arguments.dataset_config,
+        on_bad_row=arguments.on_bad_row,
     )
     model, tokenizer = load_adapters(folders, base_arguments, force=arguments.force)
-    pairs = tokenize_rows(rows, tokenizer, max_length=arguments.max_length)
+    pairs = tokenize_rows(rows, tokenizer, max_length=arguments.max_length, on_bad_row=arguments.on_bad_row)
     pairs = pairs if arguments.max_pairs is None else TokenizedRows(pairs[: arguments.max_pairs])
     _warn_of_long(pairs, model.config)
     home = {
@@ -124,7 +135,8 @@ def main(argv: list[str]) -> None:
         "base_identity": model.base_identity,
         "dataset": arguments.dataset_name,
         "pairs": len(pairs),
-        "adapters": {name: _identity(folders[name], weights[name]) for name in folders},
+        "dtype": str(model.dtype),
+        "adapters": {name: _identity(model, name, folders[name], weights[name]) for name in folders},
         "data": _digest([*pairs, *texts]),
         "sweep": dataclasses.asdict(plan.sweep),
         **{name: getattr(arguments, name) for name in ("max_length", "tasks", "samples", "sample_tokens", "keep")},
@@ -159,10 +171,13 @@ def _texts(path: str | None) -> list[str]:
     return paragraphs
 
 
-def _identity(folder: str, weight: float) -> dict[str, Any]:
-    weights = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights.is_file() else None
-    return {"folder": folder, "sha256": digest, "weight": weight}
+def _identity(model: QAdapterModel, name: str, folder: str, weight: float) -> dict[str, Any]:
+    """What is measured: an adapter's weights and its config, wherever they came from."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(get_peft_model_state_dict(model, adapter_name=name).items()):
+        digest.update(key.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    config = model.qadapter_configs[name].to_dict()
+    return {"folder": folder, "sha256": digest.hexdigest()[:16], "weight": weight, "config": config}
 
 
 def _digest(content: Any) -> str:

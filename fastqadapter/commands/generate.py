@@ -29,7 +29,7 @@ class GenerateArguments:
         metadata={
             "action": "extend",
             "help": "FOLDER or hub id, FOLDER=WEIGHT, NAME=FOLDER or NAME=FOLDER=WEIGHT; give it several times to mix "
-            "adapters; the weight is any number, default 1, 0 is the base policy",
+            "adapters; the weight is any number, default 1, 0 with equal alphas is the base policy",
         }
     )
     prompt: str | None = dataclasses.field(default=None, metadata={"help": "one prompt; default: stdin, or a chat"})

@@ -23,6 +23,7 @@ from fastqadapter.models import QAdapterModel
 
 SHOTS = 4
 LONGEST_ANSWER = 24  # tokens
+MOST = 200  # items of a task: there are 217 facts
 NAMES = (
     "Anna",
     "Ben",
@@ -56,7 +57,13 @@ class Item:
 
 
 def capability_set(count: int = 40, seed: int = 0) -> list[Item]:
-    """`count` items of each task: arithmetic, copying, formatting, facts. The same for the same seed."""
+    """`count` items of each task: arithmetic, copying, formatting, facts. The same for the same seed.
+
+    Raises:
+        ValueError: more than there are.
+    """
+    if not 1 <= count <= MOST:
+        raise ValueError(f"count={count} is outside its legal range [1, {MOST}]")
     items = []
     for task, solved in TASKS.items():
         random_numbers = random.Random(f"{seed} {task}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -41,7 +40,9 @@ def drifts(scores: Sequence[TokenScores]) -> list[Drift]:
     base = torch.cat([each.base for each in scores]).double().mean()
     policy = torch.cat([each.policy for each in scores], dim=1).double().mean(dim=1)
     kl = torch.cat([each.kl for each in scores], dim=1).double().mean(dim=1)
+    # exp of a tensor: infinite from 709 nats a token on, where math.exp raises.
+    perplexities, base_perplexity = policy.neg().exp().tolist(), float(base.neg().exp())
     return [
-        Drift(float(point_kl), math.exp(-float(log_prob)), math.exp(-float(base)))
-        for point_kl, log_prob in zip(kl, policy, strict=True)
+        Drift(point_kl, perplexity, base_perplexity)
+        for point_kl, perplexity in zip(kl.tolist(), perplexities, strict=True)
     ]

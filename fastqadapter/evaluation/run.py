@@ -21,6 +21,7 @@ from fastqadapter.evaluation.learning import PairScores
 from fastqadapter.evaluation.scores import Point, score_tokens
 from fastqadapter.evaluation.sweep import Sweep, sweet_spot
 from fastqadapter.models import QAdapterModel
+from fastqadapter.models.base import lm_head_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Plan:
     items: Sequence[Item]
     sweep: Sweep
     max_length: int = 1024
-    batch_size: int = 8  # pairs, and prompts
+    batch_size: int = 8  # pairs; twice as many prompts
     samples: int = 4  # prompts of the held-out pairs that are answered side by side
     sample_tokens: int = 64
     keep: float = 0.95  # of the capability, for the sweet spot
@@ -102,6 +103,7 @@ class Evaluator:
         """Measure each adapter of `home` at all points of the sweep around its dials; returns what `eval.json` holds
         then."""
         self.model.eval()
+        points = {name: self._points(name, center) for name, center in home.items()}  # refused ones before any work
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         stage, results = self.evaluation.stage, self.evaluation.results
@@ -110,14 +112,25 @@ class Evaluator:
             "capability": _shares(self.plan.items, right),
             "samples": stage("base: samples", self._samples, BASE),
         }
-        results["adapters"] = {name: self._adapter(name, center, right) for name, center in home.items()}
+        results["adapters"] = {name: self._adapter(name, own, right) for name, own in points.items()}
         self.evaluation.save()
         return results
 
-    def _adapter(self, name: str, center: Point, base_right: Sequence[bool]) -> dict[str, Any]:
+    def _points(self, name: str, center: Point) -> list[Point]:
+        """Of one adapter.
+
+        Raises:
+            ValueError: one of them cannot be computed.
+        """
+        points = self.plan.sweep.points(center, weights=self.model.qadapter_configs[name].q_head != "logits")
+        head = lm_head_of(self.model.get_base_model())
+        for point in points:
+            self.model.dials(**point.generate_options(name)).mixture(head)
+        return points
+
+    def _adapter(self, name: str, points: Sequence[Point], base_right: Sequence[bool]) -> dict[str, Any]:
         self.model.set_adapter(name)
         stage, plan = self.evaluation.stage, self.plan
-        points = plan.sweep.points(center, weights=self.model.qadapter_config.q_head != "logits")
         learning = stage(f"{name}: pairs", self._pairs, points, name)
         drift = stage(f"{name}: text", self._texts, points, name)
         rows = []

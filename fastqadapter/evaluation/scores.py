@@ -1,7 +1,7 @@
 """Log-probabilities and KL of response tokens under the customised policy, for many dials from two products.
 
 Logits of every dial are sums of the same two, `z = (w q + alpha_0 b) / alpha_tilde` with `b = W h_b` and `q = W (h_q -
-h_b)` (DESIGN.md, identity 1), so that P points cost two products with the LM head and P softmaxes.
+h_b)` (docs/mathematics.md, identity 1), so that P points cost two products with the LM head and P softmaxes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ class Point:
         Dials(self.alpha_0, self.alpha_tilde, {"": checked_weight("", self.weight)})
 
     def generate_options(self, adapter: str) -> dict[str, Any]:
-        """What `QAdapterModel.generate` takes for it; weight 0 is no adapter, which a `logits` head allows too."""
-        adapters = {adapter: self.weight} if self.weight else {}
-        return {"alpha_0": self.alpha_0, "alpha_tilde": self.alpha_tilde, "adapters": adapters}
+        """What `QAdapterModel.generate` takes for it."""
+        return {"alpha_0": self.alpha_0, "alpha_tilde": self.alpha_tilde, "adapters": {adapter: self.weight}}
 
     def __str__(self) -> str:
         return f"weight {self.weight:g}, alpha_0 {self.alpha_0:g}, alpha_tilde {self.alpha_tilde:g}"
@@ -62,12 +61,12 @@ def score_tokens(model: QAdapterModel, batch: PackedPairs, points: Sequence[Poin
     In fp32 from the last hidden states on, whatever their dtype.
 
     Raises:
-        ValueError: a weight other than 1 of an adapter whose `q_head` is `logits`.
+        ValueError: a weight other than 0 and 1 of an adapter whose `q_head` is `logits`; scores that are not finite.
     """
     config, head = model.qadapter_config, lm_head_of(model.get_base_model())
     difference = config.q_head != "logits"
     for point in points:
-        Dials(point.alpha_0, point.alpha_tilde, {"": point.weight}, "difference" if difference else "logits")
+        model.dials(**point.generate_options(model.active_adapter))
     batch = batch.to(model.device)
     states = torch.tensor(
         [row for group in batch.layout for branch in range(len(group.branches)) for row in group.states_of(branch)]
@@ -84,6 +83,11 @@ def score_tokens(model: QAdapterModel, batch: PackedPairs, points: Sequence[Poin
         )
         found.append(_score_rows(b, q - b if difference else q, actions[:, None], points))
     base, policy, kl = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+    for point, finite in zip(points, policy.isfinite().all(dim=1).tolist(), strict=True):
+        if not finite:
+            raise ValueError(
+                f"log-probabilities at {point} are not finite: the base or the adapter overflows in its dtype"
+            )
     return TokenScores(base, policy, kl)
 
 
@@ -91,11 +95,11 @@ def _score_rows(b: Tensor, q: Tensor, actions: Tensor, points: Sequence[Point]) 
     """`b`, `q` (rows, V), `actions` (rows, 1) -> (rows,), (P, rows), (P, rows)."""
     log_pi = F.log_softmax(b, dim=-1)
     pi = log_pi.exp()
-    minus_entropy = torch.linalg.vecdot(pi, log_pi)
     log_probs, kl = [], []
     for point in points:
         z = (b * (point.alpha_0 / point.alpha_tilde)).add_(q, alpha=point.weight / point.alpha_tilde)
-        lse = z.logsumexp(dim=-1)
-        log_probs.append(z.gather(1, actions)[:, 0] - lse)
-        kl.append(minus_entropy - torch.linalg.vecdot(pi, z) + lse)
+        log_policy = F.log_softmax(z, dim=-1)
+        log_probs.append(log_policy.gather(1, actions)[:, 0])
+        # The difference first: sum(pi) is 1 but for rounding, which against an lse of 20 would be a KL of 5e-5.
+        kl.append(torch.linalg.vecdot(pi, torch.sub(log_pi, log_policy, out=log_policy)))
     return log_pi.gather(1, actions)[:, 0], torch.stack(log_probs), torch.stack(kl)

@@ -18,7 +18,6 @@ from fastqadapter.lm_eval.arguments import adapters_of, check_hf_arguments, numb
 from fastqadapter.lm_eval.scoring import LogLikelihood, Request, batches, log_likelihoods
 from fastqadapter.models import QAdapterModel
 from fastqadapter.models.base import lm_head_of
-from fastqadapter.models.dials import Dials, checked_weight
 from fastqadapter.ops.checks import check_alphas
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ class QAdapterLM(HFLM):
             `QAdapterModel`, whose active adapter is then measured.
         adapter: folder or hub id of a trained Q-Adapter; several as `A=WEIGHT+B=WEIGHT`, or a list.
         alpha_0, alpha_tilde: of the policy; default: those of the (first) adapter's config.
-        weight: of the one adapter, any number; default 1, 0 is the base policy.
+        weight: of the one adapter, any number; default 1, 0 with equal alphas is the base policy.
         force: run an adapter of another base model.
         device: default: the GPU where there is one.
         **kwargs: the arguments of `hf` that `fastqadapter.lm_eval.arguments` does not refuse.
@@ -69,7 +68,8 @@ class QAdapterLM(HFLM):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained=pretrained, device=device, **kwargs)
         with _one_line():
-            self.dials = _dials(self.model, alpha_0, alpha_tilde, weights)
+            self.dials = self.model.dials(alpha_0, alpha_tilde, weights)
+            self.dials.mixture(lm_head_of(self.model.get_base_model()))  # raises where logits would overflow
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         """The base as `hf` loads it, with the adapters on it."""
@@ -146,20 +146,6 @@ def _base_name(pretrained: Any, folder: str) -> str:
         return base_of(folder)
     except ArgumentError as error:
         raise ArgumentError(str(error).replace("--model_name_or_path", "pretrained=FOLDER")) from None
-
-
-def _dials(model: QAdapterModel, alpha_0: float | None, alpha_tilde: float | None, weights: dict[str, float]) -> Dials:
-    """The dials of all calls; adapters of weight 0 are left out, which a `logits` head allows too."""
-    present = {name: weight for name, weight in weights.items() if checked_weight(name, weight) != 0.0}
-    heads = {model.qadapter_configs[name].q_head for name in present}
-    dials = Dials(
-        alpha_0=model.qadapter_config.alpha_0 if alpha_0 is None else alpha_0,
-        alpha_tilde=model.qadapter_config.alpha_tilde if alpha_tilde is None else alpha_tilde,
-        weights=present,
-        q_head="logits" if "logits" in heads else "difference",
-    )
-    dials.mixture(lm_head_of(model.get_base_model()))  # raises where logits would overflow
-    return dials
 
 
 @contextlib.contextmanager

@@ -39,8 +39,8 @@ inputs = tokenizer("The best way to learn is", return_tensors="pt").to(model.dev
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 
-`generate` takes the dials `alpha_0`, `alpha_tilde` and `adapters={{"default": weight}}` for each call; weight 0 is
-the base model itself.
+`generate` takes the dials `alpha_0`, `alpha_tilde` and `adapters={{"default": weight}}` for each call; weight 0
+with equal alphas is the base model. Loaded by PEFT alone the files give another function, without dials.
 
 ## Trained with
 

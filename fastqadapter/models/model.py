@@ -120,7 +120,9 @@ class QAdapterModel(PeftModelForCausalLM):
         Args:
             batch: `PackedPairs` of the `PreferenceCollator`, on the device of the model; or `input_ids` (B, L).
             alpha_0, alpha_tilde, adapters: of the policy, as in `generate`; the loss has those of the config.
-            **kwargs: for logits, the arguments of the base model's own forward.
+            **kwargs: for logits, the arguments of the base model's own forward, without `labels`,
+                `output_hidden_states` and `output_attentions`; in `prompt` mode `logits_to_keep` must say where the
+                prompt ends.
 
         Raises:
             ValueError: dials beside packed pairs, an unknown adapter, or a number outside its range.
@@ -182,9 +184,11 @@ class QAdapterModel(PeftModelForCausalLM):
         Args:
             alpha_0: weight of the base policy; default: that of the adapter's config, of the active one's in a mixture.
             alpha_tilde: temperature of the customised policy; default: the same.
-            adapters: weight of each loaded adapter, any real number; `q = sum_i w_i q_i`, 0 is the base policy itself.
-                Default: the active adapter with weight 1.
-            *args, **kwargs: everything else that the base model's `generate` takes.
+            adapters: weight of each loaded adapter, any real number; `q = sum_i w_i q_i`. With a `logits` head 0 or 1.
+                Without any (all 0) and with equal alphas it is the base policy. Default: the active adapter with
+                weight 1.
+            *args, **kwargs: what the base model's `generate` takes, but what needs one stream (hidden states,
+                attentions, caches of other kinds than dynamic and static; docs/limits.md).
 
         Raises:
             ValueError: an unknown adapter, or a number outside its range.
@@ -200,8 +204,17 @@ class QAdapterModel(PeftModelForCausalLM):
     def _policy(
         self, alpha_0: float | None, alpha_tilde: float | None, adapters: Mapping[str, Weight] | None
     ) -> Policy:
+        return Policy(self.get_base_model(), self.streams, self.dials(alpha_0, alpha_tilde, adapters))
+
+    def dials(
+        self,
+        alpha_0: float | None = None,
+        alpha_tilde: float | None = None,
+        adapters: Mapping[str, Weight] | None = None,
+    ) -> Dials:
+        """What `generate` makes of them: the config's alphas where none are given, no adapter of weight 0."""
         if self._adapters_are_off or self.streams.adapters_are_disabled():
-            return Policy(self.get_base_model(), self.streams, Dials(alpha_0=1.0, alpha_tilde=1.0, weights={}))
+            return Dials(alpha_0=1.0, alpha_tilde=1.0, weights={})
         if adapters is not None and not isinstance(adapters, Mapping):
             raise ValueError(
                 f"adapters={adapters!r} is a {type(adapters).__name__}; give a weight by name: {{'default': 1.0}}"
@@ -213,14 +226,14 @@ class QAdapterModel(PeftModelForCausalLM):
         checked = {name: checked_weight(name, weight) for name, weight in weights.items()}
         [*others, last] = checked or [self.active_adapter]
         config = self.qadapter_config if others else self.qadapter_configs[last]
-        heads = {self.qadapter_configs[name].q_head for name in weights}
-        dials = Dials(
+        present = {name: weight for name, weight in checked.items() if isinstance(weight, Tensor) or weight != 0.0}
+        heads = {self.qadapter_configs[name].q_head for name in present}
+        return Dials(
             alpha_0=config.alpha_0 if alpha_0 is None else alpha_0,
             alpha_tilde=config.alpha_tilde if alpha_tilde is None else alpha_tilde,
-            weights=checked,
+            weights=present,
             q_head="logits" if "logits" in heads else "difference",
         )
-        return Policy(self.get_base_model(), self.streams, dials)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
         """PEFT's `add_adapter` with our checks; the new adapter has the config of the active one until loaded."""
@@ -423,15 +436,15 @@ def get_qadapter_model(
     Args:
         base_model: any causal LM of transformers that uses its attention interface, or its folder or hub id.
         config: hyper-parameters; default `QAdapterConfig()`.
-        peft_config: a `LoraConfig`; default rank 8. Without `target_modules` it targets all linear layers of the
-            decoder, but not k and v in `shared` mode.
+        peft_config: a `LoraConfig`; default rank 8, `lora_alpha` 16. Without `target_modules` it targets all linear
+            layers of the decoder, but not k and v in `shared` mode.
         adapter_name: name of the adapter.
         autocast_adapter_dtype: keep the weights of the adapter in float32 on a half-precision base.
 
     Raises:
         ValueError: an architecture that cannot be served, or a target that the method or the KV mode forbids.
     """
-    peft_config = LoraConfig(task_type=TaskType.CAUSAL_LM) if peft_config is None else peft_config
+    peft_config = LoraConfig(lora_alpha=16, task_type=TaskType.CAUSAL_LM) if peft_config is None else peft_config
     return QAdapterModel(
         _load_base(base_model),
         peft_config,
