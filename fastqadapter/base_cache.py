@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -119,6 +120,7 @@ def cached_rows(
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = fingerprint_of(model, rows, pad_action, precision)
     cached = CachedRows(rows, folder, pad_action, fingerprint)
+    _remove_parts(folder)
     missing = [shard for shard in cached.shards if not is_whole(shard_path(folder, shard), fingerprint)]
     head = lm_head_of(model.get_base_model()).weight
     _check_room(folder, sum(cached.states_in(shard) for shard in missing), head)
@@ -220,6 +222,13 @@ def _check_room(folder: Path, states: int, head: Tensor) -> None:
             f"cache_base={str(folder)!r}: the base states take {needed >> 20} MiB and {free >> 20} MiB are free: make "
             "room, or leave the option out"
         )
+
+
+def _remove_parts(folder: Path) -> None:
+    """Parts that runs of this machine left behind when they were killed."""
+    for part in folder.glob(f"base-*.{socket.gethostname()}-*.part"):
+        if not psutil.pid_exists(int(part.stem.rpartition("-")[2])):
+            part.unlink(missing_ok=True)
 
 
 def _write(path: Path, states: BaseStates, fingerprint: str) -> None:

@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from fastqadapter.base_cache import cached_rows
 from fastqadapter.config import CONFIG_NAME, QAdapterConfig, read_sidecar
@@ -158,6 +158,8 @@ class QAdapterTrainer(Trainer):
             _disable_dropout(model)
 
         def tokenized(rows: Rows | None, which: str = "") -> TokenizedRows | None:
+            if isinstance(rows, TokenizedRows) and not rows:
+                raise ValueError(f"{which}no row left: the rows are empty")
             if rows is None or isinstance(rows, TokenizedRows):
                 return rows
             if isinstance(rows, str):
@@ -224,7 +226,7 @@ class QAdapterTrainer(Trainer):
             loss = loss * (len(inputs) * self.accelerator.num_processes / num_items_in_batch)
         return (loss, output) if return_outputs else loss
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's `train`.
 
         Raises:
@@ -232,8 +234,24 @@ class QAdapterTrainer(Trainer):
             ValueError: the checkpoint to resume from was trained with other hyper-parameters.
         """
         self._train_means.clear()
+        self._check_resumed(resume_from_checkpoint)
         self._cache_base()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_resumed(self, checkpoint: str | bool | None) -> None:
+        """Before any work, and here because DeepSpeed resumes past Trainer's own method."""
+        folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
+        if not folder:
+            return
+        sidecar = adapter_folder(folder, self.model.active_adapter) / CONFIG_NAME
+        if sidecar.is_file():
+            found, wanted = read_sidecar(sidecar)[0].to_dict(), self.model.qadapter_config.to_dict()
+            changed = [f"{name}={found[name]!r}, not {wanted[name]!r}" for name in found if found[name] != wanted[name]]
+            if changed:
+                raise ValueError(
+                    f"{folder} was trained with {'; '.join(changed)}: resume with the same, or start in another "
+                    "output_dir"
+                )
 
     def _cache_base(self) -> None:
         """Let the training rows bring what the base says of them. Before any sharding of the model."""
@@ -241,6 +259,12 @@ class QAdapterTrainer(Trainer):
         folder = self.args.cache_base
         if folder is None or not isinstance(rows, TokenizedRows):
             return
+        longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+        if longest > self.args.max_length:
+            raise ValueError(
+                f"cache_base={folder!r}: train_dataset has rows of {longest} tokens, which max_length="
+                f"{self.args.max_length} would cut: tokenise them with that, or raise it"
+            )
         if self.model.device.type == "cpu" and self.args.device.type != "cpu":
             raise ValueError(
                 f"cache_base={folder!r}: a base that is sharded waits on the CPU, which is slow; fill the folder by a "
@@ -269,18 +293,6 @@ class QAdapterTrainer(Trainer):
             raise OSError(f"cache_base={folder!r}: {missing[0]} is not there: name a folder that all processes share")
         self.train_dataset: Any = cached  # which Trainer takes as it takes any dataset
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        sidecar = adapter_folder(resume_from_checkpoint, self.model.active_adapter) / CONFIG_NAME
-        if sidecar.is_file():
-            found, wanted = read_sidecar(sidecar)[0].to_dict(), self.model.qadapter_config.to_dict()
-            changed = [f"{name}={found[name]!r}, not {wanted[name]!r}" for name in found if found[name] != wanted[name]]
-            if changed:
-                raise ValueError(
-                    f"{resume_from_checkpoint} was trained with {'; '.join(changed)}: resume with the same, or start "
-                    "in another output_dir"
-                )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's `save_model`.
 
@@ -300,8 +312,8 @@ class QAdapterTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, output = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         # `gather_for_metrics` leaves out the rows that were repeated to give every process as many.
-        metrics = {name: self.accelerator.gather_for_metrics(values) for name, values in output.metrics.items()}
-        self._eval_means.add(metrics)
+        values = self.accelerator.gather_for_metrics(torch.stack(list(output.metrics.values()), dim=1))
+        self._eval_means.add(dict(zip(output.metrics, values.unbind(dim=1), strict=True)))
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

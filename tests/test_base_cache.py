@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import math
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +184,26 @@ def test_disk_that_runs_full_leaves_no_torn_file(
     base_cache.cached_rows(model, rows(), tmp_path)
     assert len(calls) == 4  # the first shard was kept
     assert len(written(tmp_path)) == 3
+
+
+def test_parts_of_killed_runs_are_removed(tmp_path: Path, model: fqa.QAdapterModel) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left, alive, elsewhere = (
+        tmp_path / f"base-00009.{host}-{pid}.part"
+        for host, pid in ((socket.gethostname(), gone.pid), (socket.gethostname(), os.getpid()), ("other", 1))
+    )
+    for part in (left, alive, elsewhere):
+        part.touch()
+    base_cache.cached_rows(model, rows(), tmp_path)
+    assert not left.exists() and alive.exists() and elsewhere.exists()
+
+
+def test_rows_that_training_would_cut_are_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, rows(), cache_base=str(tmp_path / "base"), max_length=5)
+    with pytest.raises(ValueError, match="rows of .* tokens, which max_length=5 would cut"):
+        trainer.train()
+    assert not (tmp_path / "base").exists()
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

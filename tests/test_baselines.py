@@ -103,6 +103,13 @@ def test_what_is_done_is_not_done_again(workplace: Path, tmp_path: Path, monkeyp
         quality.outcome(tmp_path / "run", dataclasses.replace(run, seed=1), "heldout.jsonl", kept)
 
 
+def test_a_file_that_is_no_outcome(tmp_path: Path) -> None:
+    (tmp_path / "sft.json").write_text('{"run": {"method": "sft", "colour": "red"}}')
+    with pytest.raises(ValueError, match=r"sft.json: no outcome of a run .*colour.*: delete it"):
+        records.finished(tmp_path, ["sft"])
+    assert quality.finished(tmp_path.parent) == {}  # nothing that the plans know
+
+
 def test_a_process_that_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"train.log: exit code 3: .*\nno luck"):
         quality._process(tmp_path / "train.log", "-c", "import sys; print('line\\nno luck', flush=True); sys.exit(3)")

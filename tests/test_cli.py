@@ -209,7 +209,7 @@ def test_what_is_no_adapter(workplace: Path, tmp_path: Path, capsys) -> None:
     assert "give --model_name_or_path" in fails(capsys, "generate", "--adapter", str(config.parent), "--prompt", "w9")
 
 
-def test_adapters_get_free_names() -> None:
+def test_adapters_get_free_names(tmp_path: Path) -> None:
     for arguments, folders in (
         (["a", "b", "c"], {"default": "a", "adapter1": "b", "adapter2": "c"}),
         (["adapter1=a", "b", "c"], {"adapter1": "a", "adapter2": "b", "adapter3": "c"}),
@@ -221,6 +221,9 @@ def test_adapters_get_free_names() -> None:
     for argument in ("a==1", "a=", "=0.5", ""):
         with pytest.raises(ValueError, match=f"adapter='{argument}' names no folder"):
             name_adapters([argument])
+    (tmp_path / "run1").mkdir()
+    with pytest.raises(ValueError, match="'my-adapter' is no name for an adapter: letters, digits and _ alone"):
+        name_adapters([f"my-adapter={tmp_path / 'run1'}"])
     assert set(name_adapters(["adapter1", "adapter2", "adapter3"])[0].values()) == {"adapter1", "adapter2", "adapter3"}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -298,7 +299,7 @@ def test_command_measures_writes_and_draws(workplace: Path, capsys: pytest.Captu
     report = (workplace / "out" / "eval.md").read_text()
     assert report in out and report == format_report(results)
     assert {path.name for path in (workplace / "out").iterdir()} == {
-        *("eval.json", "eval.md", "frontier.png", "frontier.svg")
+        *(".lock", "eval.json", "eval.md", "frontier.png", "frontier.svg")
     }
     one, two = (results["adapters"][name] for name in ("one", "two"))
     assert [row["point"]["weight"] for row in one["rows"]] == [1.0, 0.5, 2.0, 1.0, 1.0]
@@ -386,6 +387,13 @@ def test_an_adapter_that_was_changed_is_another(workplace: Path, capsys: pytest.
     config.write_text(config.read_text().replace('"alpha_0": 0.9', '"alpha_0": 0.5'))
     assert cli.main(arguments(workplace, "of_three", *more)) == 2
     assert "an evaluation with adapters=" in one_line(capsys)
+
+
+def test_two_at_once_in_one_folder(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "taken").mkdir()
+    with FileLock(workplace / "taken" / ".lock"):
+        assert cli.main(arguments(workplace, "taken")) == 2
+    assert "another evaluation is running there" in one_line(capsys)
 
 
 def test_bad_rows_are_skipped_if_told(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

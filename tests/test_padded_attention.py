@@ -7,8 +7,8 @@ import importlib
 import pytest
 import torch
 
-from fastqadapter.models.attention import base_segments
-from fastqadapter.models.padded_attention import ALIGNED, PaddedSegments, scores_of
+from fastqadapter.models.attention import PackedAttention, ScoreRule, base_segments
+from fastqadapter.models.padded_attention import ALIGNED, PaddedSegments, attention_mask, scores_of
 from fastqadapter.packing import pack_pairs
 from generation_cases import each_mode
 from test_cpu_attention import test_equals_explicit_attention as attention_equals_explicit
@@ -45,6 +45,18 @@ def test_whole_models(name: str, kv_mode: str, request: pytest.FixtureRequest) -
     scale = max(gradient.norm() for gradient in gradients.values())
     for parameter, gradient in gradients.items():
         assert (ours[parameter] - gradient).norm() <= 1e-5 * scale, parameter
+
+
+def test_layers_with_other_heads_have_other_masks() -> None:
+    batch = pack_pairs([(range(5), range(4), range(7))])
+    packed = PackedAttention(base_segments(batch), "own")
+    query = torch.zeros(1, 4, len(batch.input_ids), 8)
+    padded = packed.padded(query, query)
+    for keys, dtype in ((4, torch.float32), (2, torch.float32), (1, torch.bfloat16)):
+        states = torch.zeros(1, keys, len(batch.input_ids), 8, dtype=dtype)
+        rule = ScoreRule(0.5, None, None, None)
+        found = packed.padded_mask(padded, query.to(dtype), states, rule)
+        assert torch.equal(found, attention_mask(padded, query.to(dtype), states, rule))
 
 
 def test_padding_is_spread_and_seen_by_nobody() -> None:

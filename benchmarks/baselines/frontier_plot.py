@@ -33,10 +33,12 @@ def draw(name: str, outcomes: Sequence[tuple[Run, Outcome]], folder: Path) -> No
     compared = [(run, found) for run, found in outcomes if not is_searched(run)]
     for axes, figure_of in ((accuracy, "accuracy"), (margin, "margin")):
         _points(axes, compared, figure_of)
-        axes.set(xscale="log", xlabel="KL(base, customised) on neutral text, nats per token")
+        axes.set_xscale("symlog", linthresh=1e-3)  # a KL may be 0
+        axes.set(xlabel="KL(base, customised) on neutral text, nats per token")
     accuracy.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     accuracy.set(ylabel="preference accuracy, held out")
-    margin.set(ylabel="margin, nats", yscale="log")
+    margin.set_yscale("symlog", linthresh=0.1)  # and a margin negative
+    margin.set(ylabel="margin, nats")
     margin.legend(fontsize=8)
     figure.suptitle(name)
     folder.mkdir(parents=True, exist_ok=True)

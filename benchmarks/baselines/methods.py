@@ -67,14 +67,14 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     trainer = TRAINERS[run.method](run, model, tokenizer, rows, folder)
     started = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - started
+    found = {"seconds": time.perf_counter() - started, "peak_mib": peak_mib()}
     trainer.save_model(str(folder / ADAPTER))
     if run.method in ("dpo", "sft"):
         plain = fqa.QAdapterConfig(kv_mode="separate", q_head="logits", alpha_0=0.0)
         write_sidecar(
             folder / ADAPTER, plain, fingerprint(AutoModelForCausalLM.from_pretrained(run.model, dtype="auto"))
         )
-    found = {"seconds": seconds, "peak_mib": peak_mib(), "steps": trainer.state.global_step, "pairs": len(rows)}
+    found |= {"steps": trainer.state.global_step, "pairs": len(rows)}
     threads = torch.get_num_threads()
     cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     return {**found, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}

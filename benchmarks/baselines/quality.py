@@ -57,7 +57,8 @@ def main() -> None:
 def finished(folder: Path) -> dict[str, list[tuple[Run, records.Outcome]]]:
     """The runs that are done, by data set, in the order of the plans."""
     labels = [label for each in PLANS.values() for label in each("", "")]
-    return {path.name: records.finished(path, labels) for path in sorted(folder.glob("*")) if path.is_dir()}
+    data = {path.name: records.finished(path, labels) for path in sorted(folder.glob("*")) if path.is_dir()}
+    return {name: runs for name, runs in data.items() if runs}
 
 
 def write_report(data: Mapping[str, Sequence[tuple[Run, records.Outcome]]], path: Path) -> None:

@@ -36,8 +36,16 @@ def write(path: Path, run: Run, trained: Mapping[str, Any], results: Mapping[str
 
 
 def read(path: Path) -> tuple[Run, Outcome]:
-    outcome = json.loads(path.read_text(encoding="utf-8"))
-    return Run(**outcome.pop("run")), outcome
+    """A run and what it left.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        outcome = json.loads(path.read_text(encoding="utf-8"))
+        return Run(**outcome.pop("run")), outcome
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no outcome of a run ({error}): delete it") from None
 
 
 def finished(folder: Path, labels: Iterable[str]) -> list[tuple[Run, Outcome]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock, Timeout
 from peft import get_peft_model_state_dict
 
 from fastqadapter.commands.adapters import BaseArguments, load_adapters, name_adapters
@@ -141,8 +142,12 @@ def main(argv: list[str]) -> None:
         "sweep": dataclasses.asdict(plan.sweep),
         **{name: getattr(arguments, name) for name in ("max_length", "tasks", "samples", "sample_tokens", "keep")},
     }
-    evaluation = Evaluation(folder, settings)
-    results = Evaluator(model, tokenizer, plan, evaluation).run(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            results = Evaluator(model, tokenizer, plan, Evaluation(folder, settings)).run(home)
+    except Timeout:
+        raise ArgumentError(f"output_dir={arguments.output_dir!r}: another evaluation is running there") from None
     report = format_report(results)
     (folder / REPORT).write_text(report, encoding="utf-8")
     print(report)

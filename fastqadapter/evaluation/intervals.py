@@ -9,6 +9,7 @@ from torch import Tensor
 
 RESAMPLES = 2000
 LEVEL = 0.95
+AT_ONCE = 2**24  # drawn items, 128 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,9 @@ def bootstrap_mean(values: Tensor, *, seed: int = 0, resamples: int = RESAMPLES)
         raise ValueError("a mean of no values")
     count = len(values)
     values = values.double().cpu()
-    chosen = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.empty(resamples).split(max(1, AT_ONCE // count))
+    means = [values[torch.randint(count, (len(part), count), generator=generator)].mean(dim=1) for part in parts]
     tail = (1 - LEVEL) / 2
-    low, high = values[chosen].mean(dim=1).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Mean(float(values.mean()), low, high, count)

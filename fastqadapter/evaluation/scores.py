@@ -35,7 +35,7 @@ class Point:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        Dials(self.alpha_0, self.alpha_tilde, {"": checked_weight("", self.weight)})
+        Dials(self.alpha_0, self.alpha_tilde, {"weight": checked_weight("weight", self.weight)})
 
     def generate_options(self, adapter: str) -> dict[str, Any]:
         """What `QAdapterModel.generate` takes for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from fastqadapter.commands.adapters import name_adapters
 from fastqadapter.commands.parsing import ArgumentError
 
+PLUS = re.compile(r"(?<![0-9][eE])\+")  # between two adapters, not in 1e+2
 # Of lm-eval's `hf`: why not, and what to do instead.
 REFUSED = {
     "peft": "is for plain PEFT adapters: give adapter=FOLDER",
@@ -72,7 +74,7 @@ def _split(adapter: str | Sequence[str]) -> Iterable[str]:
     if isinstance(adapter, (list, tuple)):
         return map(str, adapter)
     text = str(adapter)  # lm-eval makes a number of what looks like one
-    return [text] if text and Path(text).exists() else filter(None, text.split("+"))
+    return [text] if text and Path(text).exists() else filter(None, PLUS.split(text))
 
 
 def number(name: str, value: Any) -> float | None:

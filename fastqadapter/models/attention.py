@@ -78,7 +78,7 @@ class PackedAttention:
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
         self._additive: dict[tuple[int, int, int | None], Tensor] = {}
         self._padded: PaddedSegments | None = None
-        self._padded_masks: dict[tuple[int | None, bool], Tensor] = {}
+        self._padded_masks: dict[tuple[int | None, bool, int, torch.dtype], Tensor] = {}
 
     def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(1, Hkv, T_kv, Dh) keys and values on the K/V axis of this pass."""
@@ -111,7 +111,7 @@ class PackedAttention:
 
     def padded_mask(self, padded: PaddedSegments, query: Tensor, keys: Tensor, rule: ScoreRule) -> Tensor:
         """Their mask; built once a pass for each kind of layer."""
-        key = (rule.window, rule.is_plain)
+        key = (rule.window, rule.is_plain, query.shape[1] // keys.shape[1], query.dtype)
         if key not in self._padded_masks:
             self._padded_masks[key] = attention_mask(padded, query, keys, rule)
         return self._padded_masks[key]

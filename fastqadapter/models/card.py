@@ -16,7 +16,7 @@ TEMPLATE = """---
 
 # A Q-Adapter for {base}
 
-A LoRA adapter of rank {rank} that is the *residual Q-function* of a preference
+A LoRA adapter that is the *residual Q-function* of a preference
 ([Q-Adapter](https://arxiv.org/abs/2407.03856)). By itself it is no language model: sampling combines it with the base,
 whose weights stay as they are, as `softmax((q + alpha_0 log pi) / alpha_tilde)`.
 
@@ -44,14 +44,13 @@ with equal alphas is the base model. Loaded by PEFT alone the files give another
 
 ## Trained with
 
-| | |
-| --- | --- |
 {settings}
 """
+BEGIN, END = "<!-- settings -->", "<!-- end of settings -->"  # between these it is written anew with each save
 
 
 def write_card(folder: Path, adapter: str, base: str, config: QAdapterConfig, lora: LoraConfig) -> None:
-    """Write `README.md`; of one that is there, the metadata alone is brought up to date.
+    """Write `README.md`; of one that is there, metadata and settings alone are brought up to date.
 
     Args:
         folder: where it goes.
@@ -67,13 +66,17 @@ def write_card(folder: Path, adapter: str, base: str, config: QAdapterConfig, lo
         pipeline_tag="text-generation",
         tags=["q-adapter", "lora", "peft", "preference-learning"],
     )
+    settings = _table({**config.to_dict(), **_lora_settings(lora)})
     if path.exists():
         card = ModelCard.load(path)
+        before, begin, rest = card.text.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if begin and end:
+            card.text = before + settings + after
         for name, value in data.to_dict().items():
             setattr(card.data, name, value)
     else:
-        rows = _table({**config.to_dict(), **_lora_settings(lora)})
-        card = ModelCard(TEMPLATE.format(data=data, base=base, adapter=adapter, rank=lora.r, settings=rows))
+        card = ModelCard(TEMPLATE.format(data=data, base=base, adapter=adapter, settings=settings))
     card.save(path)
 
 
@@ -85,4 +88,5 @@ def _lora_settings(lora: LoraConfig) -> dict[str, Any]:
 
 def _table(settings: dict[str, Any]) -> str:
     cells = {name: str(value).replace("|", r"\|") for name, value in settings.items()}  # a regular expression has some
-    return "\n".join(f"| {name} | {value} |" for name, value in cells.items())
+    rows = [BEGIN, "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in cells.items()), "", END]
+    return "\n".join(rows)
