@@ -112,7 +112,8 @@ def preference_loss(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over pairs of `-log sigmoid(margin) + beta mean_t r_t^2`, see the formulas at the head of this module.
+    """Mean over pairs of `-log sigmoid(margin) + beta mean_t r_t^2`, with `r_t = q_t[a_t] - gamma v` and `margin` the
+    difference of the reward sums, chosen - rejected, over the divisor.
 
     Args:
         q_taken: (M,) `q_t[a_t]` of every transition, in the order of `pairs`.

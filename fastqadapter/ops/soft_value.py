@@ -305,7 +305,8 @@ def soft_value(
         softcap: `c` of a final soft-cap `c tanh(logits / c)` on base logits and Q stream alike.
         difference: only with `softcap`: q = capped logits of `hidden_q` - capped base logits.
         base_lse: (N,) lse of the base logits where it is known already; saves one product of size N*D*V, at some
-            accuracy in half precision (see the head of this module).
+            accuracy in half precision: `v` is a difference of two lse, whose roundings cancel where both see the same
+            logits (off by up to 87% where training starts, instead of 0.3%).
         return_base_lse: also return that lse.
         backend: `auto`, `triton`, `cpu`, `torch` or `eager`.
 
