@@ -30,6 +30,7 @@ from fastqadapter import ops
 from fastqadapter.data import TokenizedRows
 from fastqadapter.models import QAdapterModel
 from fastqadapter.models.base import lm_head_of
+from fastqadapter.models.streams import lock_of
 from fastqadapter.packing import BaseStates, PackedPairs, pack_pairs
 from fastqadapter.rows import TOKENIZED_KEYS
 
@@ -182,7 +183,8 @@ def is_whole(path: Path, fingerprint: str) -> bool:
 def base_states(model: QAdapterModel, batch: PackedPairs) -> BaseStates:
     """What the base says of a batch, on the CPU."""
     head = lm_head_of(model.get_base_model())
-    hidden = model.streams.base_hidden_states(batch.to(model.device))
+    with lock_of(model.streams.decoder):
+        hidden, _ = model.streams.stream_states(batch.to(model.device), adapters=())
     _, lse = ops.soft_value(
         hidden,
         hidden,

@@ -117,6 +117,12 @@ class PackedPairs:
                 rows.extend(range(branch.start, branch.stop))
         return torch.tensor(rows, dtype=torch.int64).to(self.input_ids.device, non_blocking=True)
 
+    def action_states(self) -> Tensor:
+        """(M,) int64 on the device of `input_ids`: the state row in which every action is taken."""
+        groups = self.layout
+        rows = [row for group in groups for branch in range(len(group.branches)) for row in group.states_of(branch)]
+        return torch.tensor(rows, dtype=torch.int64).to(self.input_ids.device, non_blocking=True)
+
 
 def pack(
     groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],

@@ -68,9 +68,7 @@ def score_tokens(model: QAdapterModel, batch: PackedPairs, points: Sequence[Poin
     for point in points:
         model.dials(**point.generate_options(model.active_adapter))
     batch = batch.to(model.device)
-    states = torch.tensor(
-        [row for group in batch.layout for branch in range(len(group.branches)) for row in group.states_of(branch)]
-    ).to(model.device)
+    states = batch.action_states()
     hidden_q, hidden_b = model.hidden_states(batch)
     weight = head.weight.float()
     bias = None if head.bias is None else head.bias.float()

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from fastqadapter.evaluation.scores import LOGITS
 from fastqadapter.models import QAdapterModel
@@ -18,7 +17,7 @@ from fastqadapter.models.base import lm_head_of
 from fastqadapter.models.dials import Dials, combined_logits
 from fastqadapter.models.streams import lock_of
 from fastqadapter.ops.checks import accumulation_dtype
-from fastqadapter.packing import PackedPairs, pack
+from fastqadapter.packing import pack
 
 LogLikelihood = tuple[float, bool]  # nats; whether each token of the continuation is the likeliest one
 
@@ -77,12 +76,10 @@ def log_likelihoods(model: QAdapterModel, dials: Dials, batch: Sequence[Request]
     responses: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for request in batch:
         responses.setdefault(request.context, []).append(request.continuation)
-    packed = pack(list(responses.items()))
-    states = torch.tensor(
-        [row for group in packed.layout for branch in range(len(group.branches)) for row in group.states_of(branch)]
-    )
-    packed = packed.to(model.device)
-    hidden = _stream_states(model, packed, dials.adapters).index_select(1, states.to(model.device))
+    packed = pack(list(responses.items())).to(model.device)
+    with lock_of(model.streams.decoder):
+        hidden_b, hidden_qs = model.streams.stream_states(packed, dials.adapters)
+    hidden = torch.stack([hidden_b, *hidden_qs]).index_select(1, packed.action_states())  # (streams, M, D)
     head = lm_head_of(model.get_base_model())
     mixture = dials.mixture(head)
     size = max(1, LOGITS // len(head.weight))
@@ -95,10 +92,3 @@ def log_likelihoods(model: QAdapterModel, dials: Dials, batch: Sequence[Request]
     lengths = [len(request.continuation) for request in batch]
     sums = [float(each.sum()) for each in torch.cat(log_probs).cpu().split(lengths)]
     return list(zip(sums, (bool(each.all()) for each in torch.cat(likeliest).cpu().split(lengths)), strict=True))
-
-
-def _stream_states(model: QAdapterModel, packed: PackedPairs, adapters: tuple[str, ...]) -> Tensor:
-    """Last hidden states (S, N, D) at the state rows, the base's first."""
-    with lock_of(model.streams.decoder):
-        both = [model.streams.packed_hidden_states(packed, name) for name in adapters or (model.active_adapter,)]
-    return torch.stack([both[0][1], *(hidden_q for hidden_q, _ in both[: len(adapters)])])

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,15 +120,22 @@ class TwoStreams:
         Returns:
             `hidden_q` (S, D), with a graph where gradients are on, and `hidden_b` (S, D) without.
         """
+        hidden_b, [hidden_q] = self.stream_states(batch, [adapter])
+        return hidden_q, hidden_b
+
+    def stream_states(self, batch: PackedPairs, adapters: Sequence[str | None]) -> tuple[Tensor, list[Tensor]]:
+        """The same of any number of adapters, with one base pass: (S, D) of the base, and of each Q stream."""
         if self._running:  # a callback of `generate` asks for a loss
             with self._paused():
-                return self.packed_hidden_states(batch, adapter)
+                return self.stream_states(batch, adapters)
         if batch.base is not None and self.kv_mode != "separate":
             raise ValueError(
                 f"the batch brings base states, but in kv_mode={self.kv_mode!r} the base pass makes K/V too"
             )
         rows = batch.state_rows()
-        recorded: dict[int, tuple[Tensor, Tensor]] | None = None if self.kv_mode == "separate" else {}
+        recorded: dict[int, tuple[Tensor, Tensor]] | None = None
+        if self.kv_mode != "separate" and adapters:
+            recorded = {}
         base_pass = PackedAttention(base_segments(batch), "own", recorded, first_read=self.trunk_depth)
         with packed_attention_of(self.decoder):
             trunk: list[Any] = []
@@ -138,20 +145,20 @@ class TwoStreams:
                 with self.base_stream(), self._tap_trunk() as trunk:
                     hidden_b = self._run(batch.input_ids, batch.position_ids, base_pass).index_select(0, rows)
             if self.kv_mode == "separate":  # the same segments on its own K/V, and so the same masks
-                with self.q_stream(adapter), self._start_above_trunk(trunk, None), self._recompute_as_q(adapter):
-                    hidden_q = self._run(batch.input_ids, batch.position_ids, base_pass).index_select(0, rows)
+                q_pass, read = base_pass, None
             else:
                 kv_axis = "base" if self.kv_mode == "shared" else "base+own"
-                q_pass = PackedAttention(q_segments(batch, self.kv_mode), kv_axis, recorded)
-                with self.q_stream(adapter), self._start_above_trunk(trunk, rows), self._recompute_as_q(adapter):
-                    hidden_q = self._run(batch.input_ids[rows], batch.position_ids[rows], q_pass)
-        return hidden_q, hidden_b
+                q_pass, read = PackedAttention(q_segments(batch, self.kv_mode), kv_axis, recorded), rows
+            hidden = [self._q_states(batch, adapter, q_pass, trunk, read) for adapter in adapters]
+        return hidden_b, hidden if read is not None else [each.index_select(0, rows) for each in hidden]
 
-    def base_hidden_states(self, batch: PackedPairs) -> Tensor:
-        """(S, D) last hidden states of the base at the state rows."""
-        with packed_attention_of(self.decoder), self.base_stream():
-            hidden = self._run(batch.input_ids, batch.position_ids, PackedAttention(base_segments(batch), "own"))
-        return hidden.index_select(0, batch.state_rows())
+    def _q_states(
+        self, batch: PackedPairs, adapter: str | None, q_pass: PackedAttention, trunk: list[Any], rows: Tensor | None
+    ) -> Tensor:
+        """The Q pass over the rows that it reads, all of them where None: (rows, D)."""
+        read = slice(None) if rows is None else rows
+        with self.q_stream(adapter), self._start_above_trunk(trunk, rows), self._recompute_as_q(adapter):
+            return self._run(batch.input_ids[read], batch.position_ids[read], q_pass)
 
     def _run(self, input_ids: Tensor, position_ids: Tensor, packed: PackedAttention) -> Tensor:
         """One pass over packed rows: (T,) tokens -> (T, D) last hidden states."""
