@@ -93,6 +93,20 @@ def test_training_and_generating_in_two_threads() -> None:
         training.result()
 
 
+@each_mode
+def test_one_base_pass_serves_several_adapters(kv_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_twins("llama", kv_mode, adapters=("default", "polite")).model.eval()
+    batch, streams, passes = packed(PAIRS, model), model.streams, []
+    apart = [streams.packed_hidden_states(batch, name) for name in ("default", "polite")]
+    run = streams._run
+    monkeypatch.setattr(streams, "_run", lambda *args: passes.append(1) or run(*args))
+    hidden_b, hidden_qs = streams.stream_states(batch, ("default", "polite"))
+    assert len(passes) == 3
+    for hidden_q, (alone, base) in zip(hidden_qs, apart, strict=True):
+        assert torch.equal(hidden_q, alone) and torch.equal(hidden_b, base)
+    assert torch.equal(streams.stream_states(batch, ())[0], hidden_b) and len(passes) == 4
+
+
 # --- nothing is left behind -------------------------------------------------------------------------------------------
 
 
