@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,8 +229,10 @@ def _check_room(folder: Path, states: int, head: Tensor) -> None:
 
 def _remove_parts(folder: Path) -> None:
     """Parts that runs of this machine left behind when they were killed."""
-    for part in folder.glob(f"base-*.{socket.gethostname()}-*.part"):
-        if not psutil.pid_exists(int(part.stem.rpartition("-")[2])):
+    for part in folder.glob("base-*.part"):
+        host, _, pid = part.stem.partition(".")[2].rpartition("-")
+        unused = time.time() - part.stat().st_mtime > 3600  # another container may have this name and other processes
+        if host == socket.gethostname() and unused and not psutil.pid_exists(int(pid)):
             part.unlink(missing_ok=True)
 
 

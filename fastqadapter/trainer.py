@@ -260,7 +260,7 @@ class QAdapterTrainer(Trainer):
         if folder is None or not isinstance(rows, TokenizedRows):
             return
         longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
-        if longest > self.args.max_length:
+        if self.args.max_length is not None and longest > self.args.max_length:
             raise ValueError(
                 f"cache_base={folder!r}: train_dataset has rows of {longest} tokens, which max_length="
                 f"{self.args.max_length} would cut: tokenise them with that, or raise it"

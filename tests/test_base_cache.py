@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +190,19 @@ def test_disk_that_runs_full_leaves_no_torn_file(
 def test_parts_of_killed_runs_are_removed(tmp_path: Path, model: fqa.QAdapterModel) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    left, alive, elsewhere = (
-        tmp_path / f"base-00009.{host}-{pid}.part"
-        for host, pid in ((socket.gethostname(), gone.pid), (socket.gethostname(), os.getpid()), ("other", 1))
-    )
-    for part in (left, alive, elsewhere):
+    here = socket.gethostname()
+    parts = {
+        tmp_path / f"base-00005.{here}-{gone.pid}.part": 7200,
+        tmp_path / f"base-00006.{here}-{gone.pid}.part": 0,  # just written: by a container of the same name?
+        tmp_path / f"base-00007.{here}-{os.getpid()}.part": 7200,
+        tmp_path / f"base-00008.{here}-2-{gone.pid}.part": 7200,  # another machine
+    }
+    for part, age in parts.items():
         part.touch()
+        os.utime(part, (time.time() - age,) * 2)
+    left, *others = parts
     base_cache.cached_rows(model, rows(), tmp_path)
-    assert not left.exists() and alive.exists() and elsewhere.exists()
+    assert not left.exists() and all(part.exists() for part in others)
 
 
 def test_rows_that_training_would_cut_are_refused(tmp_path: Path) -> None:
@@ -204,6 +210,7 @@ def test_rows_that_training_would_cut_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rows of .* tokens, which max_length=5 would cut"):
         trainer.train()
     assert not (tmp_path / "base").exists()
+    make_trainer(tmp_path, rows(), cache_base=str(tmp_path / "base"), max_length=0, max_steps=1).train()  # no limit
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

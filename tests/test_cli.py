@@ -218,7 +218,7 @@ def test_adapters_get_free_names(tmp_path: Path) -> None:
         assert name_adapters(arguments) == (folders, dict.fromkeys(folders, 1.0))
     with pytest.raises(ValueError, match="'x' names two of them"):
         name_adapters(["x=a", "x=b"])
-    for argument in ("a==1", "a=", "=0.5", ""):
+    for argument in ("a==1", "a=", "./a=", "=0.5", ""):
         with pytest.raises(ValueError, match=f"adapter='{argument}' names no folder"):
             name_adapters([argument])
     (tmp_path / "run1").mkdir()

@@ -30,6 +30,7 @@ from fastqadapter.commands.parsing import ArgumentError
 from fastqadapter.demo.smollm import MODEL_NAME, cache_folder
 from fastqadapter.lm_eval.__main__ import MODEL_NAME as MODEL
 from fastqadapter.lm_eval.__main__ import main
+from fastqadapter.lm_eval.arguments import _split
 from fastqadapter.lm_eval.model import QAdapterLM
 from fastqadapter.lm_eval.scoring import Request, batches
 from references import policy_logits
@@ -396,3 +397,12 @@ def test_smollm2(tmp_path: Path) -> None:
     check_choices(found, hand, "qadapter_facts")
     plain = evaluated(["qadapter_facts"], HFLM(pretrained=str(base), dtype="float32", device="cpu"))
     assert answers(found, "qadapter_facts") != pytest.approx(answers(plain, "qadapter_facts"), rel=0.01)
+
+
+def test_adapters_of_one_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert list(_split("a=1e+2+b")) == ["a=1e+2", "b"]
+    assert list(_split("runs/lr5e+runs/b=-0.5")) == ["runs/lr5e", "runs/b=-0.5"]
+    assert list(_split(["a+b"])) == ["a+b"]
+    (tmp_path / "a+b").mkdir()
+    assert list(_split("a+b")) == ["a+b"]

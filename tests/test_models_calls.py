@@ -94,8 +94,12 @@ def test_training_and_generating_in_two_threads() -> None:
 
 
 @each_mode
-def test_one_base_pass_serves_several_adapters(kv_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_twins("llama", kv_mode, adapters=("default", "polite")).model.eval()
+@pytest.mark.parametrize("layers", [None, [1, 2]], ids=["all", "above a trunk"])
+def test_one_base_pass_serves_several_adapters(
+    kv_mode: str, layers: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = {"layers_to_transform": layers}
+    model = make_twins("llama", kv_mode, adapters=("default", "polite"), lora=lora).model.eval()
     batch, streams, passes = packed(PAIRS, model), model.streams, []
     apart = [streams.packed_hidden_states(batch, name) for name in ("default", "polite")]
     run = streams._run

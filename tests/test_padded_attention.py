@@ -52,11 +52,12 @@ def test_layers_with_other_heads_have_other_masks() -> None:
     packed = PackedAttention(base_segments(batch), "own")
     query = torch.zeros(1, 4, len(batch.input_ids), 8)
     padded = packed.padded(query, query)
-    for keys, dtype in ((4, torch.float32), (2, torch.float32), (1, torch.bfloat16)):
+    for keys, dtype in ((4, torch.float32), (2, torch.float32), (2, torch.bfloat16)):
         states = torch.zeros(1, keys, len(batch.input_ids), 8, dtype=dtype)
         rule = ScoreRule(0.5, None, None, None)
         found = packed.padded_mask(padded, query.to(dtype), states, rule)
-        assert torch.equal(found, attention_mask(padded, query.to(dtype), states, rule))
+        expected = attention_mask(padded, query.to(dtype), states, rule)
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 def test_padding_is_spread_and_seen_by_nobody() -> None:

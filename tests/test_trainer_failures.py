@@ -160,9 +160,12 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 def test_resume_with_other_hyper_parameters_is_refused(tmp_path: Path) -> None:
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, **settings).train()
-    other = make_trainer(tmp_path, config=fqa.QAdapterConfig(kv_mode="separate", beta=0.7), **settings)
-    with pytest.raises(ValueError, match=r"checkpoint-1 was trained with beta=0\.1, not 0\.7: resume with the same"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    config, cache = fqa.QAdapterConfig(kv_mode="separate", beta=0.7), tmp_path / "base"
+    for checkpoint, step in ((str(tmp_path / "checkpoint-1"), 1), (True, 2)):
+        other = make_trainer(tmp_path, config=config, cache_base=str(cache), **settings)
+        with pytest.raises(ValueError, match=rf"checkpoint-{step} was trained with beta=0\.1, not 0\.7: resume with"):
+            other.train(resume_from_checkpoint=checkpoint)
+        assert not cache.exists()  # before any work
 
 
 def test_last_checkpoint_is_complete_and_of_this_run(tmp_path: Path) -> None:

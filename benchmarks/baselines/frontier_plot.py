@@ -42,7 +42,7 @@ def draw(name: str, outcomes: Sequence[tuple[Run, Outcome]], folder: Path) -> No
     margin.legend(fontsize=8)
     figure.suptitle(name)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
 
 
 def _points(axes: Axes, outcomes: Sequence[tuple[Run, Outcome]], figure_of: str) -> None:

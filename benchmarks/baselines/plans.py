@@ -8,7 +8,7 @@ from typing import Any
 from methods import Run
 
 SEEDS = (0, 1, 2)
-OURS = ("shared", "prompt", "separate")
+KV_MODES = ("shared", "prompt", "separate")
 SWEPT = "q-adapter-shared-0"  # is measured at all dials that `fastqadapter eval` sweeps
 WEIGHTS = (0.25, 0.5)  # of the other compared runs of ours
 
@@ -29,7 +29,7 @@ def plan(model: str, train_pairs: str) -> dict[str, Run]:
     for beta, rate in ((0.1, 5e-5), (0.1, 2e-4), (0.1, 5e-4), (0.5, 2e-4), (0.03, 2e-4)):
         runs[f"dpo-{beta:g}-{rate:g}"] = Run("dpo", beta=beta, learning_rate=rate, **shared)
     runs["sft-0.0002"] = Run("sft", learning_rate=2e-4, **shared)
-    for kv_mode in OURS:
+    for kv_mode in KV_MODES:
         for seed in SEEDS:
             runs[f"q-adapter-{kv_mode}-{seed}"] = Run("q-adapter", kv_mode=kv_mode, seed=seed, **shared)
     runs["q-adapter-logits"] = Run("q-adapter", kv_mode="separate", q_head="logits", **shared)
@@ -47,11 +47,11 @@ def search(model: str, train_pairs: str) -> dict[str, Run]:
     }
 
 
-def dials(label: str) -> list[str]:
+def eval_options(label: str) -> list[str]:
     """Options of `fastqadapter eval`: where a run is measured beside its own dials."""
     if label == SWEPT:
         return []
-    if label.startswith(tuple(f"q-adapter-{kv_mode}" for kv_mode in OURS)):
+    if label.startswith(tuple(f"q-adapter-{kv_mode}" for kv_mode in KV_MODES)):
         return ["--weight", *map(str, WEIGHTS), "--alpha_0", "1", "--alpha_tilde", "1"]
     return ["--sweep", "false"]
 

@@ -23,7 +23,7 @@ from typing import Any
 import records
 from frontier_plot import draw
 from methods import ADAPTER, RUN, TRAINED, Run
-from plans import PLANS, dials
+from plans import PLANS, eval_options
 from tables import HEAD, section
 from tqdm import tqdm
 
@@ -123,10 +123,11 @@ def outcome(folder: Path, run: Run, heldout: str, kept: Path) -> None:
         ValueError: the folder, or what is kept, is of another run.
         RuntimeError: a process failed.
     """
-    named = records.named(run, kept.parent.name)
+    named, data = records.named(run, kept.parent.name), records.digest(run.train_pairs, heldout)
     if kept.exists():
-        if records.read(kept)[0] != named:
-            raise ValueError(f"{kept}: of a run with other settings; delete it, or give other --outcomes")
+        before, found = records.read(kept)
+        if (before, found.get("data")) != (named, data):
+            raise ValueError(f"{kept}: of a run with other settings or pairs; delete it, or give other --outcomes")
         return
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps(dataclasses.asdict(run), indent=1) + "\n"
@@ -137,8 +138,8 @@ def outcome(folder: Path, run: Run, heldout: str, kept: Path) -> None:
         _process(folder / "train.log", str(Path(__file__).with_name("methods.py")), str(folder))
     evaluation = ["-m", "fastqadapter", "eval", "--adapter", f"run={folder / ADAPTER}", "--dataset_name", heldout]
     options = ["--output_dir", str(folder / "eval"), "--samples", "2", "--batch_size", "16"]
-    _process(folder / "eval.log", *evaluation, *options, *dials(folder.name))
-    records.write(kept, named, _read(folder / TRAINED), _read(folder / "eval" / RESULTS))
+    _process(folder / "eval.log", *evaluation, *options, *eval_options(folder.name))
+    records.write(kept, named, data, _read(folder / TRAINED), _read(folder / "eval" / RESULTS))
 
 
 def _process(log: Path, *command: str) -> None:

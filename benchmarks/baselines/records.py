@@ -6,6 +6,7 @@ It names no folder of the machine it ran on: model and pairs by their names alon
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -25,10 +26,15 @@ def named(run: Run, data: str) -> Run:
     return dataclasses.replace(run, model=Path(run.model).name, train_pairs=data)
 
 
-def write(path: Path, run: Run, trained: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """Keep a run that is done: its settings, the cost of training, the figures of `eval.json`."""
+def digest(*files: str) -> str:
+    """Of the pairs, to be trained on and held out."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
+
+
+def write(path: Path, run: Run, data: str, trained: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Keep a run that is done: settings, digest of the data, cost of training, figures of `eval.json`."""
     rows = [{name: row[name] for name in ROW} for row in results["adapters"]["run"]["rows"]]
-    content = {"run": dataclasses.asdict(run), **trained, "rows": rows}
+    content = {"run": dataclasses.asdict(run), "data": data, **trained, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

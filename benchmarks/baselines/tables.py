@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from methods import Run
 from records import Outcome, Row
@@ -21,9 +21,8 @@ steps of 8 pairs, in bf16; ours by `QAdapterTrainer`, SFT on the chosen response
 `fastqadapter eval` measures all of them in one way (docs/evaluation.md): *accuracy* is the share of held-out pairs
 whose chosen response has the higher implicit reward, log pi~ - log pi summed over the response, with a 95 % bootstrap
 interval over the pairs; *KL* is KL(base || customised) per token of neutral text; *kept* the share of the tasks that
-the base does right. A row of several seeds has their means. Seconds and MiB are of training: with two threads a run had
-the machine to itself, with one it shared it with another run, and on the GPU with a dozen, so that those seconds say
-little."""
+the base does right. A row of several seeds has their means. Seconds and MiB are of training. Two runs of one
+thread each shared two cores, and a dozen shared the GPU: seconds compare runs on one kind of device, roughly."""
 
 COLUMNS = (
     *("method", "KV mode", "Q head", "seeds", "accuracy", "by seed", "margin", "KL, nats", "perplexity", "kept"),
@@ -38,8 +37,9 @@ def section(name: str, outcomes: Sequence[tuple[Run, Outcome]]) -> str:
     parts = [f"## {name}", _on_what(outcomes), f"![{name}](plots/quality/{name}.svg)", methods_table(compared)]
     ours = [(run, found) for run, found in compared if run.method == OURS and run.q_head == "difference"]
     if ours:
-        parts.append(f"Ours at smaller weights, without training again:\n\n{weights_table(ours)}")
-        parts += [against_dpo(compared)] if any(run.method == "dpo" for run, _ in compared) else []
+        parts.append(f"Ours at other weights, without training again:\n\n{weights_table(ours)}")
+        dpo = [[rows_of(found)[0]] for run, found in compared if run.method == "dpo"]
+        parts += [against_dpo(dpo, by_weight(ours))] if dpo else []
     if searched:
         parts.append(f"Ours with one setting changed, `shared`:\n\n{search_table(searched)}")
     swept = [found for _, found in ours if len(weights_of(found)) < len(rows_of(found))]
@@ -49,10 +49,11 @@ def section(name: str, outcomes: Sequence[tuple[Run, Outcome]]) -> str:
 
 def _on_what(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
     """Model and pairs, which all runs on one data set share."""
-    run, _ = outcomes[0]
-    [heldout] = {row["accuracy"]["count"] for _, found in outcomes for row in rows_of(found)}
-    [trained] = {found["pairs"] for _, found in outcomes}
-    return f"{run.model}, {trained} pairs of at most {run.longest} tokens to train on, {heldout} held out."
+    run, first = outcomes[0]
+    heldout, trained = rows_of(first)[0]["accuracy"]["count"], first["pairs"]
+    text = f"{run.model}, {trained} pairs of at most {run.longest} tokens to train on, {heldout} held out."
+    notes = dict.fromkeys(found["note"] for _, found in outcomes if "note" in found)
+    return " ".join([text, *(f"Rows with *: {note}." for note in notes)])
 
 
 def is_searched(run: Run) -> bool:
@@ -116,7 +117,7 @@ def _measured(rows: Sequence[Row]) -> list[str]:
     """Of one setting, a row for each seed."""
     mean = statistics.mean
     accuracies = [row["accuracy"] for row in rows]
-    low, high = (mean(each[end] for each in accuracies) for end in ("low", "high"))
+    low, high = interval(rows)
     return [
         str(len(rows)),
         f"{mean_accuracy(rows):.3f} [{low:.3f}, {high:.3f}]",
@@ -132,6 +133,12 @@ def mean_accuracy(rows: Sequence[Row]) -> float:
     return statistics.mean(float(row["accuracy"]["value"]) for row in rows)
 
 
+def interval(rows: Sequence[Row]) -> tuple[float, float]:
+    """The mean interval of the accuracy."""
+    low, high = (statistics.mean(float(row["accuracy"][end]) for row in rows) for end in ("low", "high"))
+    return low, high
+
+
 def mean_kl(rows: Sequence[Row]) -> float:
     return statistics.mean(float(row["kl"]) for row in rows)
 
@@ -143,11 +150,12 @@ def _home(own: Sequence[Outcome]) -> list[Row]:
 
 def _cost(own: Sequence[Outcome]) -> list[str]:
     seconds, peak = (statistics.mean(each[name] for each in own) for name in ("seconds", "peak_mib"))
-    return [f"{seconds:.0f}", f"{peak:.0f}", ", ".join(dict.fromkeys(each["device"] for each in own))]
+    devices = ", ".join(dict.fromkeys(each["device"] for each in own))
+    return [f"{seconds:.0f}", f"{peak:.0f}", devices + " *" * any("note" in each for each in own)]
 
 
 def weights_table(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
-    """Each setting at every weight at which most of its seeds were measured."""
+    """Each setting at every weight."""
     columns = ("KV mode", "weight", *COLUMNS[3:10])
     rows = [
         [run.kv_mode, f"{weight:g}", *_measured(own)]
@@ -158,14 +166,14 @@ def weights_table(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
 
 
 def by_weight(outcomes: Sequence[tuple[Run, Outcome]]) -> dict[Run, dict[float, list[Row]]]:
-    """Rows of a setting, one for each seed, at every weight that most of its seeds have, the largest first."""
-    found: dict[Run, dict[float, list[Row]]] = {}
+    """Rows of a setting, one for each seed, at each weight, the largest first: of the seeds that were measured at
+    several weights, at those that all of these have."""
+    found = {}
     for run, own in by_setting(outcomes).items():
-        rows: dict[float, list[Row]] = {}
-        for each in own:
-            for row in weights_of(each):
-                rows.setdefault(float(row["point"]["weight"]), []).append(row)
-        found[run] = {weight: rows[weight] for weight in sorted(rows, reverse=True) if 2 * len(rows[weight]) > len(own)}
+        seeds = [{float(row["point"]["weight"]): row for row in weights_of(each)} for each in own]
+        seeds = [each for each in seeds if len(each) > 1] or seeds
+        common = sorted(set.intersection(*map(set, seeds)), reverse=True)
+        found[run] = {weight: [each[weight] for each in seeds] for weight in common}
     return found
 
 
@@ -179,21 +187,21 @@ def frontier(found: Outcome) -> str:
     return table([(*DIALS, *COLUMNS[3:10])[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
 
-def against_dpo(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
+def against_dpo(dpo: Sequence[Sequence[Row]], ours: Mapping[Run, Mapping[float, Sequence[Row]]]) -> str:
     """Whether ours, as means over the seeds, reaches the accuracy of the best DPO run at half its KL at some weight."""
-    baselines = ([rows_of(found)[0]] for run, found in outcomes if run.method == "dpo")
-    best = min(baselines, key=lambda rows: (-mean_accuracy(rows), mean_kl(rows)))
+    best = min(dpo, key=lambda rows: (-mean_accuracy(rows), mean_kl(rows)))
     bar = f"The best DPO run has accuracy {mean_accuracy(best):.3f} at KL {mean_kl(best):.4f}. "
-    ours = [
+    enough = [
         (run, weight, rows)
-        for run, points in by_weight([each for each in outcomes if each[0].method == OURS]).items()
+        for run, points in ours.items()
         for weight, rows in points.items()
         if mean_accuracy(rows) >= mean_accuracy(best) and 2 * mean_kl(rows) <= mean_kl(best)
     ]
-    if not ours:
+    if not enough:
         return bar + "No weight of ours reaches that at half the KL."
-    run, weight, rows = max(ours, key=lambda each: mean_accuracy(each[2]))
+    run, weight, rows = max(enough, key=lambda each: mean_accuracy(each[2]))
     seeds = f", the mean of {len(rows)} seeds" if len(rows) > 1 else ""
     found = f"Ours in `{run.kv_mode}` mode at weight {weight:g} has {mean_accuracy(rows):.3f} at {mean_kl(rows):.4f}"
-    caveat = "Both are the best of several settings on these very pairs, and their intervals overlap."
-    return f"{bar}{found}{seeds}. ({caveat})"
+    overlap = interval(rows)[0] <= interval(best)[1]
+    caveat = "Both are the best of several settings on these very pairs" + ", and their intervals overlap" * overlap
+    return f"{bar}{found}{seeds}. ({caveat}.)"

@@ -48,11 +48,11 @@ def name_adapters(arguments: list[str]) -> tuple[dict[str, str], dict[str, float
     for index, argument in enumerate(arguments):
         named_folder, weight = _split_weight(argument)
         name, equals, folder = named_folder.partition("=")
-        if equals and not name.isidentifier() and Path(folder).exists() and not Path(named_folder).exists():
+        if folder and not name.isidentifier() and Path(folder).exists() and not Path(named_folder).exists():
             raise ArgumentError(
                 f"adapter={argument!r}: {name!r} is no name for an adapter: letters, digits and _ alone"
             )
-        if not equals or not name.isidentifier() or Path(named_folder).exists():
+        if not equals or (folder and not name.isidentifier()) or Path(named_folder).exists():
             folder = named_folder
             names = itertools.chain(["default"] if index == 0 else [], (f"adapter{n}" for n in itertools.count(1)))
             name = next(each for each in names if each not in taken and each not in folders)

@@ -179,7 +179,7 @@ def _texts(path: str | None) -> list[str]:
 def _identity(model: QAdapterModel, name: str, folder: str, weight: float) -> dict[str, Any]:
     """What is measured: an adapter's weights and its config, wherever they came from."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(get_peft_model_state_dict(model, adapter_name=name).items()):
+    for key, tensor in sorted(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()):
         digest.update(key.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     config = model.qadapter_configs[name].to_dict()
     return {"folder": folder, "sha256": digest.hexdigest()[:16], "weight": weight, "config": config}

@@ -36,8 +36,9 @@ def bootstrap_mean(values: Tensor, *, seed: int = 0, resamples: int = RESAMPLES)
     count = len(values)
     values = values.double().cpu()
     generator = torch.Generator().manual_seed(seed)
-    parts = torch.empty(resamples).split(max(1, AT_ONCE // count))
-    means = [values[torch.randint(count, (len(part), count), generator=generator)].mean(dim=1) for part in parts]
+    step = max(1, AT_ONCE // count)
+    sizes = (min(step, resamples - start) for start in range(0, resamples, step))
+    means = [values[torch.randint(count, (size, count), generator=generator)].mean(dim=1) for size in sizes]
     tail = (1 - LEVEL) / 2
     low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Mean(float(values.mean()), low, high, count)

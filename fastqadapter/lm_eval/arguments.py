@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from fastqadapter.commands.adapters import name_adapters
 from fastqadapter.commands.parsing import ArgumentError
 
-PLUS = re.compile(r"(?<![0-9][eE])\+")  # between two adapters, not in 1e+2
+OPEN_EXPONENT = re.compile(r"=-?[0-9.]+[eE]$")  # of a weight like 1e+2, whose + is not between two adapters
 # Of lm-eval's `hf`: why not, and what to do instead.
 REFUSED = {
     "peft": "is for plain PEFT adapters: give adapter=FOLDER",
@@ -74,7 +74,15 @@ def _split(adapter: str | Sequence[str]) -> Iterable[str]:
     if isinstance(adapter, (list, tuple)):
         return map(str, adapter)
     text = str(adapter)  # lm-eval makes a number of what looks like one
-    return [text] if text and Path(text).exists() else filter(None, PLUS.split(text))
+    if text and Path(text).exists():
+        return [text]
+    parts: list[str] = []
+    for piece in text.split("+"):
+        if parts and OPEN_EXPONENT.search(parts[-1]):
+            parts[-1] += f"+{piece}"
+        else:
+            parts.append(piece)
+    return filter(None, parts)
 
 
 def number(name: str, value: Any) -> float | None:

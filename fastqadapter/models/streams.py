@@ -145,20 +145,23 @@ class TwoStreams:
                 with self.base_stream(), self._tap_trunk() as trunk:
                     hidden_b = self._run(batch.input_ids, batch.position_ids, base_pass).index_select(0, rows)
             if self.kv_mode == "separate":  # the same segments on its own K/V, and so the same masks
-                q_pass, read = base_pass, None
+                q_pass = base_pass
             else:
                 kv_axis = "base" if self.kv_mode == "shared" else "base+own"
-                q_pass, read = PackedAttention(q_segments(batch, self.kv_mode), kv_axis, recorded), rows
-            hidden = [self._q_states(batch, adapter, q_pass, trunk, read) for adapter in adapters]
-        return hidden_b, hidden if read is not None else [each.index_select(0, rows) for each in hidden]
+                q_pass = PackedAttention(q_segments(batch, self.kv_mode), kv_axis, recorded)
+            return hidden_b, [self._q_states(batch, adapter, q_pass, trunk, rows) for adapter in adapters]
 
     def _q_states(
-        self, batch: PackedPairs, adapter: str | None, q_pass: PackedAttention, trunk: list[Any], rows: Tensor | None
+        self, batch: PackedPairs, adapter: str | None, q_pass: PackedAttention, trunk: list[Any], rows: Tensor
     ) -> Tensor:
-        """The Q pass over the rows that it reads, all of them where None: (rows, D)."""
-        read = slice(None) if rows is None else rows
-        with self.q_stream(adapter), self._start_above_trunk(trunk, rows), self._recompute_as_q(adapter):
-            return self._run(batch.input_ids[read], batch.position_ids[read], q_pass)
+        """The Q pass of one adapter: over all token rows in `separate` mode, over the state rows in the others."""
+        read = None if self.kv_mode == "separate" else rows
+        ids, positions = batch.input_ids, batch.position_ids
+        if read is not None:
+            ids, positions = ids.index_select(0, read), positions.index_select(0, read)
+        with self.q_stream(adapter), self._start_above_trunk(trunk, read), self._recompute_as_q(adapter):
+            hidden = self._run(ids, positions, q_pass)
+        return hidden.index_select(0, rows) if read is None else hidden
 
     def _run(self, input_ids: Tensor, position_ids: Tensor, packed: PackedAttention) -> Tensor:
         """One pass over packed rows: (T,) tokens -> (T, D) last hidden states."""
