@@ -30,7 +30,7 @@ torch.manual_seed(0)
 folder = str(demo_model_folder())
 tokenizer = AutoTokenizer.from_pretrained(folder)
 lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16)
-model = fqa.get_qadapter_model(folder, fqa.QAdapterConfig(divisor="8"), lora, adapter_name="concise")
+model = fqa.get_qadapter_model(folder, fqa.QAdapterConfig(), lora, adapter_name="concise")
 model.add_adapter("friendly", lora)
 
 

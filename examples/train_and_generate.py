@@ -22,7 +22,7 @@ train_rows, heldout_rows = train_rows[:80], heldout_rows[:16]
 # 2. A frozen base model with a new adapter on it, in the default mode: `shared`, one K/V cache for both.
 folder = str(demo_model_folder())
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = fqa.get_qadapter_model(folder, fqa.QAdapterConfig(divisor="8"))
+model = fqa.get_qadapter_model(folder)
 
 # 3. Training: a transformers Trainer. An untrained adapter is the base model, so held-out accuracy starts at chance.
 with TemporaryDirectory() as output_dir:

@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "q_head": "difference",
         "scored_states": "response",
         "value_state": "next",
-        "divisor": "max_length",
+        "divisor": "8",  # by the longer response an adapter learned "shorter is better" (benchmarks/QUALITY.md)
         "regularizer": "pair",
     },
     "paper": {
@@ -89,8 +89,8 @@ class QAdapterConfig:
     divisor: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "divides the reward sums: 'max_length' (longer response), 'padded_length' (longest sequence of the "
-            "micro-batch - 1) or a number > 0; default: the preset's"
+            "help": "divides the reward sums: a number > 0, 'max_length' (longer response) or 'padded_length' (longest "
+            "sequence of the micro-batch - 1); default: the preset's"
         },
     )
     regularizer: Regularizer | None = dataclasses.field(

@@ -141,7 +141,7 @@ def branches_of(base: Model, adapted: Model, pairs: Sequence[Pair], kv_mode: str
 
 # As in the table "Variants" of the method: Q head, first scored token, value in r_t, divisor, mean of r^2.
 VARIANTS = {
-    "default": SimpleNamespace(q_head="difference", shifted=False, value="next", divisor="longer", mean="pair"),
+    "default": SimpleNamespace(q_head="difference", shifted=False, value="next", divisor="eight", mean="pair"),
     "paper": SimpleNamespace(q_head="logits", shifted=False, value="next", divisor="one", mean="pair"),
     "reference": SimpleNamespace(q_head="logits", shifted=True, value="current", divisor="padded", mean="batch"),
 }
@@ -188,9 +188,8 @@ def preference_loss(
     each = [[rewards(branch, weights, variant, width) for branch in pair] for pair in pairs]
     mean_count = sum(len(chosen) + len(rejected) for chosen, rejected in each) / len(each)
     losses = []
-    for pair, (chosen, rejected) in zip(pairs, each, strict=True):
-        longer = max(len(branch.response) for branch in pair)
-        divisor = {"longer": longer, "one": 1, "padded": width - 1}[variant.divisor]
+    for chosen, rejected in each:
+        divisor = {"eight": 8, "one": 1, "padded": width - 1}[variant.divisor]
         margin = (chosen.sum() - rejected.sum()) / divisor
         count = mean_count if variant.mean == "batch" else len(chosen) + len(rejected)
         squares = (chosen.square().sum() + rejected.square().sum()) / count

@@ -27,7 +27,7 @@ def test_documented_defaults():
         "q_head": "difference",
         "scored_states": "response",
         "value_state": "next",
-        "divisor": "max_length",
+        "divisor": "8",
         "regularizer": "pair",
     }
 
@@ -35,7 +35,7 @@ def test_documented_defaults():
 @pytest.mark.parametrize(
     ("preset", "fields"),
     [
-        ("default", ("difference", "response", "next", "max_length", "pair")),
+        ("default", ("difference", "response", "next", "8", "pair")),
         ("paper", ("logits", "response", "next", "1", "pair")),
         ("reference", ("logits", "shifted", "current", "padded_length", "batch")),
     ],

@@ -61,7 +61,9 @@ def test_every_response_token_is_scored(preset: str):
     config = QAdapterConfig(preset=preset)
     assert scored(batch, config, 0) == ([*range(4, 11)], [*range(5, 12)], [*range(5, 11), -1])
     assert scored(batch, config, 1) == ([4], [5], [-1])  # a response of one token
-    assert pair_transitions(batch, config).pairs.divisor.item() == {"default": 7, "paper": 1}[preset]
+    assert pair_transitions(batch, config).pairs.divisor.item() == {"default": 8, "paper": 1}[preset]
+    longer = QAdapterConfig(preset=preset, divisor="max_length")
+    assert pair_transitions(batch, longer).pairs.divisor.item() == 7
 
 
 @pytest.mark.parametrize(
@@ -104,12 +106,12 @@ def test_batch_without_any_published_transition_has_a_finite_loss():
 
 def test_fields_of_a_preset_can_be_set_alone():
     batch = pack_pairs([tokens_in_order(2, 3, 5)])
-    current = QAdapterConfig(value_state="current", divisor="8")
+    current = QAdapterConfig(value_state="current", divisor="7")
     assert scored(batch, current, 1) == ([1, 2, 3, 4, 5], [2, 3, 4, 5, 6], [1, 2, 3, 4, 5])
-    assert pair_transitions(batch, current).pairs.divisor.item() == 8
+    assert pair_transitions(batch, current).pairs.divisor.item() == 7
     assert pair_transitions(batch, QAdapterConfig(divisor="padded_length")).pairs.divisor.item() == 6
     shifted = pack_pairs([tokens_in_order(2, 3, 5)], pad_action=PAD)
-    config = QAdapterConfig(scored_states="shifted")
+    config = QAdapterConfig(scored_states="shifted", divisor="max_length")
     assert pair_transitions(shifted, config).pairs.divisor.item() == 5
     assert scored(shifted, config, 0)[:2] == ([2, 3, 4], [3, 4, PAD])
 
@@ -157,8 +159,8 @@ def toy_states(preset: str) -> tuple[Tensor, Tensor, LMHead]:
 # Per pair: rewards of chosen and of rejected, divisor, and exp of both log-probabilities. See the test's docstring.
 BY_HAND: dict[str, list[tuple[list[float], list[float], int, float, float]]] = {
     "default": [
-        ([log(2 / 3), log(5)], [log(3)], 2, 2 / 6 * 5 / 9, 3 / 6),
-        ([log(3)], [log(5 / 3), log(5)], 2, 3 / 12, 5 / 12 * 5 / 9),
+        ([log(2 / 3), log(5)], [log(3)], 8, 2 / 6 * 5 / 9, 3 / 6),
+        ([log(3)], [log(5 / 3), log(5)], 8, 3 / 12, 5 / 12 * 5 / 9),
     ],
     "paper": [
         ([log(2 / 3), log(5)], [log(3)], 1, 2 / 6 * 5 / 9, 3 / 6),
@@ -178,7 +180,7 @@ def test_two_pairs_by_hand(preset: str, backend: str):
 
     default, paper. Pair 1, chosen [1, 2]: state (), action 1, next value log 9/3: r = log 2 - log 3. State (1),
     action 2, then the end: r = log 5. Rejected [2]: r = log 3. Pair 2, chosen [0]: r = log 3. Rejected [1, 0]: state
-    (), next value log 9/3: r = log 5 - log 3; state (1): r = log 5. The divisor is the longer length, 2, or 1.
+    (), next value log 9/3: r = log 5 - log 3; state (1): r = log 5. The divisor is 8, or 1.
 
     reference. Values of the state itself, T = 4, divisor 3, no first tokens. Pair 1, chosen, unpadded: state (1),
     action 2, v = log 9/3: r = log 5 - log 3. Rejected, padded: state (2), action pad = 0, v = log 6/3: r = log 4 -

@@ -398,13 +398,14 @@ def test_lora_dropout_follows_the_mode() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_bfloat16_base_with_float32_adapter(name: str, kv_mode: str) -> None:
     """PEFT's default: the adapter stays in float32. Compared in float32 with weights rounded to bfloat16."""
-    exact = make_twins(name, kv_mode)
+    config = {"kv_mode": kv_mode, "divisor": "max_length"}
+    exact = make_twins(name, **config)
     with torch.no_grad():
         for parameter in exact.model.get_base_model().parameters():
             if parameter.shape and not parameter.requires_grad:
                 parameter.copy_(parameter.bfloat16())
     base = tiny_base(name, torch.bfloat16)
-    model = fqa.get_qadapter_model(base, fqa.QAdapterConfig(kv_mode=kv_mode), lora_config(name, kv_mode))
+    model = fqa.get_qadapter_model(base, fqa.QAdapterConfig(**config), lora_config(name, kv_mode))
     assert {parameter.dtype for parameter in lora_parameters(model).values()} == {torch.float32}
     untrained = model(packed(PAIRS, model)).loss
     assert untrained.item() == pytest.approx(math.log(2), abs=2e-2)

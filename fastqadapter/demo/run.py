@@ -59,7 +59,7 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
 
     train_rows, heldout_rows = preference_pairs(seed=0)
-    config = QAdapterConfig(kv_mode=kv_mode, divisor="8")
+    config = QAdapterConfig(kv_mode=kv_mode)
     set_seed(seed)
     adapted = get_qadapter_model(model, config)
     trainer = QAdapterTrainer(

@@ -36,7 +36,7 @@ class Variant:
     q_head: Literal["logits", "difference"]  # Q is the adapted model's logits, or these minus the base logits
     scored_states: Literal["response", "shifted"]  # t = P-1..L-2, or as published: t = P..min(L-1, T-2)
     value_state: Literal["next", "current"]  # r_t uses v(s_{t+1}), 0 once the response has ended, or v(s_t)
-    divisor: Literal["max_length", "padded_length", "1"]  # longer response of the pair, T-1, or none
+    divisor: Literal["8", "padded_length", "1"]  # a number, or T-1
     regularizer: Literal["pair", "batch"]  # mean of r^2 over each pair, then over pairs; or over all scored states
 
 
@@ -44,7 +44,7 @@ PUBLISHED = Variant("logits", "shifted", "current", "padded_length", "batch")
 VARIANTS = {
     "reference": PUBLISHED,
     "paper": Variant("logits", "response", "next", "1", "pair"),
-    "default": Variant("difference", "response", "next", "max_length", "pair"),
+    "default": Variant("difference", "response", "next", "8", "pair"),
 }
 
 
@@ -119,11 +119,8 @@ def preference_margins(
 ) -> Tensor:
     """(B,) divided difference of the summed rewards; positive where the chosen branch wins."""
     chosen, rejected = (rewards * scored_states(batch, variant)).sum(-1).chunk(2)
-    if variant.divisor == "1":
-        return chosen - rejected
-    if variant.divisor == "padded_length":
-        return (chosen - rejected) / rewards.shape[1]
-    return (chosen - rejected) / torch.maximum(*batch.response_mask.sum(-1).chunk(2))
+    divisor = rewards.shape[1] if variant.divisor == "padded_length" else float(variant.divisor)
+    return (chosen - rejected) / divisor
 
 
 def reward_penalty(
