@@ -4,6 +4,7 @@ goes on where it was stopped."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -63,11 +64,11 @@ def test_policy_of_a_baseline_is_the_plain_adapter(workplace: Path, tmp_path: Pa
     torch.testing.assert_close(found, expected)
 
 
-def test_ours_have_as_many_parameters_in_every_mode(workplace: Path) -> None:
-    runs = plans.plan(str(workplace / "base"), "pairs.jsonl")
-    assert {run.kv_mode for run in runs.values() if run.method == "q-adapter"} == {"shared", "prompt", "separate"}
+def test_ours_have_as_many_parameters_in_every_mode() -> None:
+    runs = plans.compare("base", "pairs") | plans.ablation("base", "pairs")
+    ours = [run for run in runs.values() if run.method == "q-adapter" and run.q_head == "difference"]
+    assert sorted((run.kv_mode, run.seed) for run in ours) == sorted(itertools.product(plans.KV_MODES, plans.SEEDS))
     assert len({(run.rank, run.pairs, run.epochs, run.longest) for run in runs.values()}) == 1
-    assert len({dataclasses.replace(run, seed=0) for run in runs.values()}) == len(runs) - 2 * len(plans.KV_MODES)
 
 
 def test_what_is_done_is_not_done_again(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,3 +173,8 @@ def test_published_tables_are_those_of_the_outcomes(tmp_path: Path) -> None:
     assert (tmp_path / "QUALITY.md").read_text() == (ROOT / "benchmarks" / "QUALITY.md").read_text()
     plots = (path.relative_to(tmp_path) for path in tmp_path.rglob("*.svg"))
     assert all((ROOT / "benchmarks" / plot).is_file() for plot in plots)
+    for name, runs in data.items():
+        done = [run for run, _ in runs]
+        assert not [run for run in plans.compare("SmolLM2-135M-Instruct", name).values() if run not in done], name
+    done = [run for run, _ in data["hh"]]
+    assert not [run for run in plans.ablation("SmolLM2-135M-Instruct", "hh").values() if run not in done]

@@ -1,4 +1,4 @@
-"""Which runs are compared, and which of ours look for what decides."""
+"""Which runs are compared, and which look for what decides."""
 
 from __future__ import annotations
 
@@ -22,29 +22,42 @@ SEARCH: dict[str, tuple[Any, ...]] = {
 }
 
 
-def plan(model: str, train_pairs: str) -> dict[str, Run]:
-    """The runs that are compared, by the name of their folder."""
+def compare(model: str, train_pairs: str) -> dict[str, Run]:
+    """The methods, by the name of a run's folder; three seeds of ours in its default mode."""
     shared = {"model": model, "train_pairs": train_pairs}
     runs: dict[str, Run] = {}
-    for beta, rate in ((0.1, 5e-5), (0.1, 2e-4), (0.1, 5e-4), (0.5, 2e-4), (0.03, 2e-4)):
-        runs[f"dpo-{beta:g}-{rate:g}"] = Run("dpo", beta=beta, learning_rate=rate, **shared)
+    for rate in (5e-5, 2e-4, 5e-4):
+        runs[f"dpo-0.1-{rate:g}"] = Run("dpo", beta=0.1, learning_rate=rate, **shared)
     runs["sft-0.0002"] = Run("sft", learning_rate=2e-4, **shared)
-    for kv_mode in KV_MODES:
-        for seed in SEEDS:
-            runs[f"q-adapter-{kv_mode}-{seed}"] = Run("q-adapter", kv_mode=kv_mode, seed=seed, **shared)
+    for seed in SEEDS:
+        runs[f"q-adapter-shared-{seed}"] = Run("q-adapter", seed=seed, **shared)
+    for kv_mode in KV_MODES[1:]:
+        runs[f"q-adapter-{kv_mode}-0"] = Run("q-adapter", kv_mode=kv_mode, **shared)
     runs["q-adapter-logits"] = Run("q-adapter", kv_mode="separate", q_head="logits", **shared)
     runs["published-0.0005"] = Run("published", learning_rate=5e-4, **shared)
     return runs
 
 
-def search(model: str, train_pairs: str) -> dict[str, Run]:
-    """Runs of ours around the first, to see what decides."""
-    center = Run("q-adapter", model=model, train_pairs=train_pairs)
+def ablation(model: str, train_pairs: str) -> dict[str, Run]:
+    """Further seeds of the other KV modes."""
     return {
+        f"q-adapter-{kv_mode}-{seed}": Run("q-adapter", model, train_pairs, kv_mode=kv_mode, seed=seed)
+        for kv_mode in KV_MODES[1:]
+        for seed in SEEDS[1:]
+    }
+
+
+def search(model: str, train_pairs: str) -> dict[str, Run]:
+    """Runs around the first of ours, and DPO at other betas, to see what decides."""
+    center = Run("q-adapter", model, train_pairs)
+    runs = {
         f"{name}-{value}-0": dataclasses.replace(center, **{name: value})
         for name, values in SEARCH.items()
         for value in values
     }
+    for beta in (0.5, 0.03):
+        runs[f"dpo-{beta:g}-0.0002"] = Run("dpo", model, train_pairs, beta=beta, learning_rate=2e-4)
+    return runs
 
 
 def eval_options(label: str) -> list[str]:
@@ -56,4 +69,4 @@ def eval_options(label: str) -> list[str]:
     return ["--sweep", "false"]
 
 
-PLANS = {"compare": plan, "search": search}
+PLANS = {"compare": compare, "ablation": ablation, "search": search}

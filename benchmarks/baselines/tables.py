@@ -32,7 +32,8 @@ COLUMNS = (
 
 def section(name: str, outcomes: Sequence[tuple[Run, Outcome]]) -> str:
     """Methods, then the frontier of the swept run, then what one can say of it against DPO."""
-    compared = [(run, found) for run, found in outcomes if not is_searched(run)]
+    compared = [(run, found) for method in LABELS for run, found in outcomes if run.method == method]
+    compared = [(run, found) for run, found in compared if not is_searched(run)]
     searched = [(run, found) for run, found in outcomes if is_searched(run)]
     parts = [f"## {name}", _on_what(outcomes), f"![{name}](plots/quality/{name}.svg)", methods_table(compared)]
     ours = [(run, found) for run, found in compared if run.method == OURS and run.q_head == "difference"]
@@ -99,7 +100,8 @@ def search_table(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
     return table(columns, rows)
 
 
-LABELS = {OURS: "Q-Adapter", "published": "Q-Adapter, published objective", "dpo": "DPO", "sft": "SFT"}
+# In the order of the tables.
+LABELS = {"dpo": "DPO", "sft": "SFT", OURS: "Q-Adapter", "published": "Q-Adapter, published objective"}
 
 
 def label_of(run: Run) -> str:
