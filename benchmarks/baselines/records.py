@@ -55,5 +55,7 @@ def read(path: Path) -> tuple[Run, Outcome]:
 
 
 def finished(folder: Path, labels: Iterable[str]) -> list[tuple[Run, Outcome]]:
-    """The runs of one data set that are done, in the order of their labels."""
-    return [read(folder / f"{label}.json") for label in labels if (folder / f"{label}.json").exists()]
+    """The runs of one data set that are done, in the order of their labels, then others (as of another machine)."""
+    files = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    order = dict.fromkeys([*(label for label in labels if label in files), *files])
+    return [read(files[label]) for label in order]

@@ -74,17 +74,17 @@ def weights_of(found: Outcome) -> list[Row]:
     return sorted(own, key=lambda row: float(row["point"]["weight"]))
 
 
-def by_setting(outcomes: Sequence[tuple[Run, Outcome]]) -> dict[Run, list[Outcome]]:
-    """The outcomes of all seeds of a run."""
-    groups: dict[Run, list[Outcome]] = {}
+def by_setting(outcomes: Sequence[tuple[Run, Outcome]]) -> list[tuple[Run, list[Outcome]]]:
+    """The outcomes of all seeds of a run on one device."""
+    groups: dict[tuple[Run, str], list[Outcome]] = {}
     for run, found in outcomes:
-        groups.setdefault(dataclasses.replace(run, seed=0), []).append(found)
-    return groups
+        groups.setdefault((dataclasses.replace(run, seed=0), found["device"]), []).append(found)
+    return [(run, own) for (run, _), own in groups.items()]
 
 
 def methods_table(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
-    groups = by_setting(outcomes)
-    return table(COLUMNS, [[*_names(run), *_measured(_home(own)), *_cost(own)] for run, own in groups.items()])
+    rows = [[*_names(run), *_measured(_home(own)), *_cost(own)] for run, own in by_setting(outcomes)]
+    return table(COLUMNS, rows)
 
 
 def search_table(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
@@ -96,7 +96,7 @@ def search_table(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
         )
 
     columns = ("changed", *COLUMNS[3:])
-    rows = [[changed(run), *_measured(_home(own)), *_cost(own)] for run, own in by_setting(outcomes).items()]
+    rows = [[changed(run), *_measured(_home(own)), *_cost(own)] for run, own in by_setting(outcomes)]
     return table(columns, rows)
 
 
@@ -152,8 +152,7 @@ def _home(own: Sequence[Outcome]) -> list[Row]:
 
 def _cost(own: Sequence[Outcome]) -> list[str]:
     seconds, peak = (statistics.mean(each[name] for each in own) for name in ("seconds", "peak_mib"))
-    devices = ", ".join(dict.fromkeys(each["device"] for each in own))
-    return [f"{seconds:.0f}", f"{peak:.0f}", devices + " *" * any("note" in each for each in own)]
+    return [f"{seconds:.0f}", f"{peak:.0f}", own[0]["device"] + " *" * any("note" in each for each in own)]
 
 
 def weights_table(outcomes: Sequence[tuple[Run, Outcome]]) -> str:
@@ -171,7 +170,7 @@ def by_weight(outcomes: Sequence[tuple[Run, Outcome]]) -> dict[Run, dict[float, 
     """Rows of a setting, one for each seed, at each weight, the largest first: of the seeds that were measured at
     several weights, at those that all of these have."""
     found = {}
-    for run, own in by_setting(outcomes).items():
+    for run, own in by_setting(outcomes):
         seeds = [{float(row["point"]["weight"]): row for row in weights_of(each)} for each in own]
         seeds = [each for each in seeds if len(each) > 1] or seeds
         common = sorted(set.intersection(*map(set, seeds)), reverse=True)
@@ -201,7 +200,7 @@ def against_dpo(dpo: Sequence[Sequence[Row]], ours: Mapping[Run, Mapping[float, 
     ]
     if not enough:
         return bar + "No weight of ours reaches that at half the KL."
-    run, weight, rows = max(enough, key=lambda each: mean_accuracy(each[2]))
+    run, weight, rows = max(enough, key=lambda each: (len(each[2]), mean_accuracy(each[2])))  # most seeds first
     seeds = f", the mean of {len(rows)} seeds" if len(rows) > 1 else ""
     found = f"Ours in `{run.kv_mode}` mode at weight {weight:g} has {mean_accuracy(rows):.3f} at {mean_kl(rows):.4f}"
     overlap = interval(rows)[0] <= interval(best)[1]
