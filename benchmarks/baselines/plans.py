@@ -14,11 +14,9 @@ WEIGHTS = (0.25, 0.5)  # of the other compared runs of ours
 
 # What is changed, one at a time, from the run that the first of ours is.
 SEARCH: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (1e-4, 3e-4, 2e-3),
+    "learning_rate": (5e-5, 1e-4, 3e-4, 2e-3),
     "divisor": ("1", "32", "max_length"),
-    "beta": (0.1, 1.0),
-    "epochs": (1.0,),
-    "rank": (32,),
+    "beta": (0.1,),
 }
 
 
@@ -55,6 +53,7 @@ def search(model: str, train_pairs: str) -> dict[str, Run]:
         for name, values in SEARCH.items()
         for value in values
     }
+    runs["separate-5e-05-0"] = Run("q-adapter", model, train_pairs, kv_mode="separate", learning_rate=5e-5)  # as DPO's
     for beta in (0.5, 0.03):
         runs[f"dpo-{beta:g}-0.0002"] = Run("dpo", model, train_pairs, beta=beta, learning_rate=2e-4)
     return runs

@@ -42,7 +42,7 @@ def section(name: str, outcomes: Sequence[tuple[Run, Outcome]]) -> str:
         dpo = [[rows_of(found)[0]] for run, found in compared if run.method == "dpo"]
         parts += [against_dpo(dpo, by_weight(ours))] if dpo else []
     if searched:
-        parts.append(f"Ours with one setting changed, `shared`:\n\n{search_table(searched)}")
+        parts.append(f"Ours with other settings, `shared` unless said otherwise:\n\n{search_table(searched)}")
     swept = [found for _, found in ours if len(weights_of(found)) < len(rows_of(found))]
     parts += [f"The first run of ours at all dials:\n\n{frontier(found)}" for found in swept]
     return "\n\n".join(parts)
