@@ -45,7 +45,7 @@ Rows = Iterable[Mapping[str, Any]]
 class QAdapterTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments` with the defaults and the data options of Q-Adapter training."""
 
-    learning_rate: float = dataclasses.field(default=5e-4, metadata={"help": "initial learning rate of the adapter"})
+    learning_rate: float = dataclasses.field(default=3e-4, metadata={"help": "initial learning rate of the adapter"})
     logging_steps: float = dataclasses.field(default=10, metadata={"help": "log every so many optimizer steps"})
     logging_nan_inf_filter: bool = dataclasses.field(
         default=False, metadata={"help": "leave it off: training stops at a non-finite loss instead of hiding it"}
