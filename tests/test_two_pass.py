@@ -16,6 +16,7 @@ Base logits are log 2 everywhere, so log pi = -log 3. The adapted logits, and wi
 from __future__ import annotations
 
 import contextlib
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -100,8 +101,8 @@ def test_padded_rows() -> None:
         # Margin log 4, -log sigmoid(log 4) = log(1 + 1/4); mean r^2 = (0 + 4 log^2 2 + 0) / 3.
         ("paper", log(tensor(1.25)).item(), 4 / 3 * LOG2**2),
         # q = Q - log 2, so every v loses log 2 too: r^chosen = (0 - 0, log 2 - 0), r^rejected = -log 2 - 0.
-        # Margin 2 log 2 / max(2, 1) = log 2; mean r^2 = (0 + log^2 2 + log^2 2) / 3.
-        ("default", log(tensor(1.5)).item(), 2 / 3 * LOG2**2),
+        # Margin 2 log 2 / 8, -log sigmoid of it = log(1 + 2^(-1/4)); mean r^2 = (0 + log^2 2 + log^2 2) / 3.
+        ("default", math.log(1 + 2 ** (-1 / 4)), 2 / 3 * LOG2**2),
     ],
 )
 def test_loss_of_the_toy(preset: str, preference: float, penalty: float) -> None:
