@@ -15,6 +15,8 @@ from fastqadapter_kernels import native
 def pytest_configure() -> None:
     # The tensors of the tests are tiny: more threads only wait for each other (60 s instead of 8 s on busy cores).
     torch.set_num_threads(1)
+    # A name that is no folder is asked of the hub, five times over, where there is no network (20 s a test).
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Triton decides when a kernel is defined whether it is compiled for a GPU or interpreted on the CPU.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
