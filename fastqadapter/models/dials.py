@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastqadapter.config import QHead
+from fastqadapter.config import QAdapterConfig, QHead
 from fastqadapter.loss import LMHead
 from fastqadapter.ops.checks import accumulation_dtype, check_alphas
 
@@ -80,6 +80,38 @@ class Dials:
             row[:] = torch.as_tensor(share)
         shares = (shares / self.alpha_tilde).to(head.weight.device, accumulation_dtype(head.weight.dtype))
         return Mixture(shares, self.q_head == "difference")
+
+
+def dials_of(
+    configs: Mapping[str, QAdapterConfig],
+    active: str,
+    alpha_0: float | None,
+    alpha_tilde: float | None,
+    adapters: Mapping[str, Weight] | None,
+) -> Dials:
+    """The dials of a call on a model with these adapters: the config's alphas where none are given, no weight 0.
+
+    Raises:
+        ValueError: `adapters` is no mapping or names one that is not loaded; a number outside its range.
+    """
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise ValueError(
+            f"adapters={adapters!r} is a {type(adapters).__name__}; give a weight by name: {{'default': 1.0}}"
+        )
+    weights: dict[str, Weight] = {active: 1.0} if adapters is None else dict(adapters)
+    unknown = sorted((name for name in weights if name not in configs), key=str)
+    if unknown:
+        raise ValueError(f"adapters {unknown} are not loaded; loaded are {sorted(configs)}")
+    checked = {name: checked_weight(name, weight) for name, weight in weights.items()}
+    [*others, last] = checked or [active]
+    config = configs[active if others else last]
+    present = {name: weight for name, weight in checked.items() if isinstance(weight, Tensor) or weight != 0.0}
+    return Dials(
+        alpha_0=config.alpha_0 if alpha_0 is None else alpha_0,
+        alpha_tilde=config.alpha_tilde if alpha_tilde is None else alpha_tilde,
+        weights=present,
+        q_head="logits" if "logits" in {configs[name].q_head for name in present} else "difference",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from fastqadapter.config import KVMode, QAdapterConfig, write_sidecar
 from fastqadapter.loss import q_adapter_loss
 from fastqadapter.models import base
 from fastqadapter.models.card import write_card
-from fastqadapter.models.dials import Dials, Weight, checked_weight
+from fastqadapter.models.dials import Dials, Weight, dials_of
 from fastqadapter.models.loading import (
     HUB_ARGUMENTS,
     adapter_folder,
@@ -215,25 +215,7 @@ class QAdapterModel(PeftModelForCausalLM):
         """What `generate` makes of them: the config's alphas where none are given, no adapter of weight 0."""
         if self._adapters_are_off or self.streams.adapters_are_disabled():
             return Dials(alpha_0=1.0, alpha_tilde=1.0, weights={})
-        if adapters is not None and not isinstance(adapters, Mapping):
-            raise ValueError(
-                f"adapters={adapters!r} is a {type(adapters).__name__}; give a weight by name: {{'default': 1.0}}"
-            )
-        weights: dict[str, Weight] = {self.active_adapter: 1.0} if adapters is None else dict(adapters)
-        unknown = sorted((name for name in weights if name not in self.peft_config), key=str)
-        if unknown:
-            raise ValueError(f"adapters {unknown} are not loaded; loaded are {sorted(self.peft_config)}")
-        checked = {name: checked_weight(name, weight) for name, weight in weights.items()}
-        [*others, last] = checked or [self.active_adapter]
-        config = self.qadapter_config if others else self.qadapter_configs[last]
-        present = {name: weight for name, weight in checked.items() if isinstance(weight, Tensor) or weight != 0.0}
-        heads = {self.qadapter_configs[name].q_head for name in present}
-        return Dials(
-            alpha_0=config.alpha_0 if alpha_0 is None else alpha_0,
-            alpha_tilde=config.alpha_tilde if alpha_tilde is None else alpha_tilde,
-            weights=present,
-            q_head="logits" if "logits" in heads else "difference",
-        )
+        return dials_of(self.qadapter_configs, self.active_adapter, alpha_0, alpha_tilde, adapters)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
         """PEFT's `add_adapter` with our checks; the new adapter has the config of the active one until loaded."""
