@@ -34,6 +34,12 @@ _OWN_SOURCE = re.compile(r".+:\d+|.+\[\d+\]|row \d+|batch row \d+")
 _MAX_ID = 2**31  # token ids are kept as int32
 
 
+def longest_branch(row: Mapping[str, Any]) -> int:
+    """Tokens of a tokenised row's prompt with the longer of its responses."""
+    prompt, *responses = (len(row[name]) for name in TOKENIZED_KEYS)
+    return prompt + max(responses)
+
+
 class BadRow(ValueError):
     """A row that cannot be trained on. `reason` is a short label to count by, `detail` the sentence for the user."""
 

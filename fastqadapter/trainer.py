@@ -33,6 +33,7 @@ from fastqadapter.models.loading import adapter_folder
 from fastqadapter.models.sharded import loading_whole
 from fastqadapter.monitor import FiniteGuard, PairMeans, check_finite_weights
 from fastqadapter.packing import PackedPairs
+from fastqadapter.rows import longest_branch
 
 __all__ = ["NonFiniteLossError", "QAdapterTrainer", "QAdapterTrainingArguments"]
 
@@ -259,7 +260,7 @@ class QAdapterTrainer(Trainer):
         folder = self.args.cache_base
         if folder is None or not isinstance(rows, TokenizedRows):
             return
-        longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+        longest = max(map(longest_branch, rows))
         if self.args.max_length is not None and longest > self.args.max_length:
             raise ValueError(
                 f"cache_base={folder!r}: train_dataset has rows of {longest} tokens, which max_length="

@@ -111,11 +111,13 @@ def test_what_is_done_is_not_done_again(workplace: Path, tmp_path: Path, monkeyp
 
 
 def test_a_file_that_is_no_outcome(tmp_path: Path) -> None:
-    (tmp_path / "sft.json").write_text('{"run": {"method": "sft", "colour": "red"}}')
+    path = tmp_path / "hh" / "sft.json"
+    path.parent.mkdir()
+    path.write_text('{"run": {"method": "sft", "colour": "red"}}')
     with pytest.raises(ValueError, match=r"sft.json: no outcome of a run .*colour.*: delete it"):
-        records.finished(tmp_path, ["sft"])
-    (tmp_path / "sft.json").unlink()
-    assert quality.finished(tmp_path.parent) == {}  # a folder without a run
+        records.finished(path.parent, ["sft"])
+    path.unlink()
+    assert quality.finished(tmp_path) == {}  # a folder without a run
 
 
 def test_a_process_that_fails(tmp_path: Path) -> None:

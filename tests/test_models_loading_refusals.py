@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fastqadapter as fqa
 from fastqadapter.models.base import check_same_base, fingerprint
+from generation_cases import each_mode
 from saved_adapters import (
     PROMPT,
     adapter_modules,
@@ -27,9 +28,6 @@ from tiny import (
     lora_parameters,
     tiny_base,
 )
-
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "qadapter_config.json"}
-each_mode = pytest.mark.parametrize("kv_mode", MODES)
 
 
 def changed(change: Any) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fastqadapter as fqa
+from generation_cases import each_mode
 from saved_adapters import (
     NUMBERS,
     PROMPT,
@@ -37,7 +38,6 @@ from tiny import (
 )
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "qadapter_config.json"}
-each_mode = pytest.mark.parametrize("kv_mode", MODES)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import fastqadapter as fqa
 from fastqadapter.config import write_sidecar
 from fastqadapter.data import read_rows, tokenize_rows
 from fastqadapter.models.base import fingerprint
+from fastqadapter.rows import longest_branch
 
 Method = Literal["q-adapter", "published", "dpo", "sft"]
 Row = Mapping[str, Any]
@@ -92,7 +93,7 @@ def short_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, run: Run) ->
     found = []
     for row in rows:
         [ids] = tokenize_rows([row], tokenizer, max_length=None, progress=False)
-        if len(ids["prompt_ids"]) + max(len(ids["chosen_ids"]), len(ids["rejected_ids"])) <= run.longest:
+        if longest_branch(ids) <= run.longest:
             found.append(row)
         if len(found) == run.pairs:
             break

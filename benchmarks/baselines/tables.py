@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from methods import Run
 from records import Outcome, Row
 
+from fastqadapter.evaluation.sweep import DIALS
 from fastqadapter_benchmarks.report import table
 
 OURS = "q-adapter"
@@ -176,9 +177,6 @@ def by_weight(outcomes: Sequence[tuple[Run, Outcome]]) -> dict[Run, dict[float, 
         common = sorted(set.intersection(*map(set, seeds)), reverse=True)
         found[run] = {weight: [each[weight] for each in seeds] for weight in common}
     return found
-
-
-DIALS = ("weight", "alpha_0", "alpha_tilde")
 
 
 def frontier(found: Outcome) -> str:

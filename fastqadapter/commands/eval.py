@@ -24,6 +24,7 @@ from fastqadapter.evaluation.run import RESULTS, Evaluation, Evaluator, Plan
 from fastqadapter.evaluation.scores import Point
 from fastqadapter.evaluation.sweep import ALPHAS_0, ALPHAS_TILDE, WEIGHTS, Sweep
 from fastqadapter.models import QAdapterModel
+from fastqadapter.rows import longest_branch
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def main(argv: list[str]) -> None:
 
 def _warn_of_long(pairs: TokenizedRows, config: Any) -> None:
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs]
+    lengths = [longest_branch(row) for row in pairs]
     if limit and max(lengths) > limit:
         count = sum(length > limit for length in lengths)
         logger.warning("%d pairs are longer than the model's context of %d tokens: lower --max_length", count, limit)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastqadapter.evaluation.sweep import DIALS
+
 Row = Mapping[str, Any]
 
 
@@ -68,7 +70,7 @@ def _cells(label: str, row: Row) -> list[str]:
 
 
 def _dials(row: Row) -> str:
-    return ", ".join(f"{row['point'][name]:g}" for name in ("weight", "alpha_0", "alpha_tilde"))
+    return ", ".join(f"{row['point'][name]:g}" for name in DIALS)
 
 
 def _mean(mean: Mapping[str, float], digits: int = 3) -> str:
